@@ -1,0 +1,86 @@
+# Every target builds the environment it needs from nothing but a Python, and reuses it afterwards.
+#
+# `.venv` belongs to `python3`; any other PYTHON gets an environment named after its version, such
+# as `.venv-3.12`. An environment made by another interpreter, or for another checkout (it is tied
+# to both), is built anew. Stamps inside record which extras are installed; they are out of date
+# when setup.cfg changes.
+
+PYTHON ?= python3
+ARGS ?=
+
+ifeq ($(PYTHON),python3)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+endif
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+# The only builds of torch that the tests ask for: those without CUDA, which alone carry `+cpu`.
+TORCH := torch==2.13.0+cpu
+TORCH_PYTHON := 3.11
+
+# JAX's CPU backend spreads one computation over all cores, but most of a test's time is tracing and
+# compiling, which is serial: two workers pay, more would cost memory.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench train notebooks clean FORCE
+
+help: ## show this list
+	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.train ## check every engine here, then train a small transformer on real text
+	$(RUN) -m flash_attention_jax demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.torch ## run the tests; ARGS="-k causal" goes to pytest
+	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev ## check format, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: $(VENV)/.bench $(VENV)/.torch ## measure speed and memory on this CPU
+	$(RUN) benchmarks/cpu.py $(ARGS)
+
+train: $(VENV)/.train ## train a transformer; ARGS="--help" lists the options
+	$(RUN) -m flash_attention_jax train $(ARGS)
+
+notebooks: $(VENV)/.notebooks ## run every notebook from top to bottom; the results are discarded
+	@results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && \
+	for notebook in notebooks/*.ipynb; do \
+	    [ -e "$$notebook" ] || { echo 'There is no notebook yet.'; break; }; \
+	    $(RUN) -m jupyter nbconvert --to notebook --execute --output-dir "$$results" "$$notebook" || exit 1; \
+	done
+
+clean: ## remove environments, caches and builds; data/ and runs/ stay
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One extra of setup.cfg, with the library itself, editable.
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.notebooks: $(VENV)/.%: setup.cfg pyproject.toml $(VENV)/.python
+	@echo 'Installing flash_attention_jax[$*] into $(VENV); the first time takes a few minutes.'
+	@$(RUN) -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# Absence is no error: the tests that need torch then say that they are skipped, and why.
+$(VENV)/.torch: $(VENV)/.python
+	@if ! $(RUN) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(TORCH_PYTHON)")'; then \
+	    echo 'Going without torch: its CPU build is installed for Python $(TORCH_PYTHON) only.' && touch $@; \
+	elif $(RUN) -m pip install -qq --disable-pip-version-check '$(TORCH)'; then touch $@; \
+	else echo 'Going without torch: pip found no $(TORCH). PIP_EXTRA_INDEX_URL can name an index that has it.'; fi
+
+# Written when the environment is made; left alone, with its old date, while it still fits.
+$(VENV)/.python: FORCE
+	@facts=$$($(PYTHON) -c 'import os, sys; print(sys.version, sys.base_prefix, os.getcwd())') || \
+	    { echo '`PYTHON` must be a command that runs Python, got $(PYTHON). Name one that does.'; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo '`PYTHON` must be Python 3.11 or newer, got' "$$($(PYTHON) --version)."; exit 1; }; \
+	if [ "$$facts" != "$$(cat $@ 2>/dev/null)" ]; then \
+	    echo 'Making $(VENV) with $(PYTHON).' && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && echo "$$facts" > $@; \
+	fi
+
+FORCE:

@@ -1,0 +1,96 @@
+"""Run one head over a long sequence on this CPU, and show what time and memory that takes.
+
+python benchmarks/long.py                                     (131072, 512): takes many minutes
+python benchmarks/long.py --length 16384 --dim 64 --causal
+
+The logits of the default size, all at once, would take 64 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+
+from flash_attention_jax import flash_attention
+
+ROWS = 16  # queries whose outputs are compared with float64
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def gibibytes(count: int | None) -> str:
+    """A size in words."""
+    return "not said" if count is None else f"{count / 2**30:.3f} GiB"
+
+
+def error_of_rows(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, causal: bool
+) -> float:
+    """Relative error of some rows, the first and the last among them, against float64."""
+    rows = np.unique(np.linspace(0, len(q) - 1, ROWS).astype(int))
+    logits = q[rows].astype(np.float64) @ k.T.astype(np.float64) / np.sqrt(q.shape[1])
+    if causal:
+        logits = np.where(np.arange(len(k)) <= rows[:, None], logits, -np.inf)
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    right = probs @ v.astype(np.float64) / probs.sum(axis=1, keepdims=True)
+    return measure.relative_error(out[rows], right)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Run one head over a long sequence on this CPU.")
+    parser.add_argument("--length", type=int, default=131072, help="queries and keys")
+    parser.add_argument("--dim", type=int, default=512, help="of each of them")
+    parser.add_argument("--causal", action="store_true", help="see earlier keys only")
+    chosen = parser.parse_args(arguments)
+    for name in ("length", "dim"):
+        if getattr(chosen, name) < 1:
+            got = getattr(chosen, name)
+            print(f"long.py: --{name} must be at least 1, got {got}.", file=sys.stderr)
+            return 2
+
+    jax.config.update("jax_platforms", "cpu")
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((chosen.length, chosen.dim), np.float32) for _ in "qkv")
+    arrays = [jax.device_put(x) for x in (q, k, v)]
+    abstract = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    build = measure.compiled(
+        lambda q, k, v: flash_attention(q, k, v, causal=chosen.causal), *[abstract] * 3
+    )
+    jax.block_until_ready(arrays)
+    before = peak_bytes()
+    print(
+        f"({chosen.length}, {chosen.dim}) float32{', causal' if chosen.causal else ''}, forward, "
+        f"on {measure.machine()['cpu']}, {measure.machine()['cores']} cores",
+        flush=True,
+    )
+    start = time.perf_counter()
+    out = jax.block_until_ready(build.run(*arrays))
+    seconds = time.perf_counter() - start
+    after = peak_bytes()
+    # The usual count: two products of length * length * dim, half of them where causal.
+    operations = 4 * chosen.length**2 * chosen.dim / (2 if chosen.causal else 1)
+    print(f"compile time       {build.seconds:.2f} s")
+    print(f"time               {seconds:.2f} s ({operations / seconds / 1e9:.1f} GFLOP/s)")
+    print(f"temporary memory   {gibibytes(build.temp_bytes)}, by the compiler")
+    print(f"one array          {gibibytes(q.nbytes)}; three go in, one comes out")
+    print(f"peak resident      {gibibytes(after)}, {gibibytes(before)} of it before the run")
+    print(f"all the logits     {gibibytes(4 * chosen.length**2)}, never held")
+    print(f"error              {error_of_rows(q, k, v, np.asarray(out), chosen.causal):.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Exact attention for JAX, by dot product or by cosine similarity, in memory linear in the length.
+
+Heads first, (batch, heads, length, dim): `flash_attention`, `flash_cosine_sim_attention` and their
+relatives. JAX's own convention, (batch, length, heads, dim): `dot_product_attention`, a drop-in for
+that of `jax.nn`. Packed sequences, (tokens, heads, dim): `flash_attention_varlen`.
+"""
+
+from flash_attention_jax._attention import (
+    causal_flash_attention,
+    dot_product_attention,
+    flash_attention,
+)
+from flash_attention_jax._cosine import (
+    causal_cosine_sim_flash_attention,
+    cosine_sim_flash_attention,
+    flash_cosine_sim_attention,
+    l2norm_tensors,
+)
+from flash_attention_jax._explain import explain
+from flash_attention_jax._merge import merge_attention
+from flash_attention_jax._plain import (
+    attention,
+    causal_attention,
+    cosine_sim_attention,
+    memory_efficient_attention,
+    plain_cosine_sim_attention,
+)
+from flash_attention_jax.compare import PRNGKeyGenerator, value_and_grad_difference
+from flash_attention_jax.rotary import apply_rotary
+from flash_attention_jax.varlen import (
+    flash_attention_varlen,
+    flash_attention_varlen_qkvpacked,
+    pad_input,
+    unpad_input,
+)
+
+__version__ = "1.0.0.dev0"
+
+plain_attention = attention
+rabe_attention = memory_efficient_attention
+
+__all__ = [
+    "PRNGKeyGenerator",
+    "__version__",
+    "apply_rotary",
+    "attention",
+    "causal_attention",
+    "causal_cosine_sim_flash_attention",
+    "causal_flash_attention",
+    "cosine_sim_attention",
+    "cosine_sim_flash_attention",
+    "dot_product_attention",
+    "explain",
+    "flash_attention",
+    "flash_attention_varlen",
+    "flash_attention_varlen_qkvpacked",
+    "flash_cosine_sim_attention",
+    "l2norm_tensors",
+    "memory_efficient_attention",
+    "merge_attention",
+    "pad_input",
+    "plain_attention",
+    "plain_cosine_sim_attention",
+    "rabe_attention",
+    "unpad_input",
+    "value_and_grad_difference",
+]

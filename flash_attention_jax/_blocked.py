@@ -1,0 +1,417 @@
+"""The reference engine: blocks under `lax.scan` and `jax.custom_vjp`, in O(n) memory.
+
+Forward (Dao 2023, FlashAttention-2, algorithm 1): for each block of queries, walk the key blocks
+that the mask leaves, with a running maximum m, a sum l and an unnormalised output acc. Where the
+logits have a known bound (cosine similarity, softcap) there is no maximum to run and nothing to
+rescale.
+
+Backward (algorithm 2): for each block of keys, walk the query blocks, recompute the probabilities
+from lse, and add the block's share to each gradient. Everything that the backward needs of the
+softmax is in lse and delta = rowsum(out * dout) - dlse, so the gradients are plain sums over
+blocks. `_pair_sum` is that sum, for any function of a block; its own derivative is again such a
+sum, of the function's transpose, so reverse mode nests without end and stays O(n).
+
+What was measured on CPU (XLA, 2 cores), and why the backward holds its blocks with keys first
+("bhjri"): XLA's CPU matrix product is 3x slower when its left operand has to be transposed. With
+keys first dk and dv need no transpose, and dq is collected transposed (d before i), with the small
+key block as the left operand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flash_attention_jax import _dropout, _masks, _online
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax._logits import (
+    LOGIT_TERMS,
+    finite_or_zero,
+    logits,
+    product,
+    scaled,
+    term_axes,
+)
+from flash_attention_jax._online import compute_dtype, folds_scale
+from flash_attention_jax._similarity import normalised
+from flash_attention_jax._tiles import Plan, Tile, plan
+from flash_attention_jax._varying import full, unified
+
+COLUMNS = "bhjri"  # axes of a block of logits in the backward
+
+Blocks = dict[str, Any]
+
+
+def why_not(call: Call) -> str | None:
+    """Why this engine cannot run the call."""
+    if call.differentiation == "any":
+        return "its custom rule has no forward mode (differentiation='any')"
+    return None
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Attention in O(n) memory.
+
+    Returns:
+        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+    """
+    fields = unified(normalised(call, arrays))._asdict()
+    floats = {name: fields[name] for name in DIFFERENTIABLE if fields[name] is not None}
+    others = {name: x for name, x in fields.items() if name not in DIFFERENTIABLE and x is not None}
+    out, lse = _attend(call, floats, others)
+    return out.astype(call.dtype), lse
+
+
+def _plan(call: Call, *, sums_queries: bool) -> Plan:
+    """Block sizes per platform: what kept XLA's matrix product busy when measured.
+
+    A narrow window gets blocks narrower than itself: larger ones would mostly be masked.
+    """
+    if call.platform == "cpu":
+        # Larger blocks where all of them are visited whole, smaller ones along a diagonal.
+        wide = not (sums_queries or call.banded)
+        block_q, block_kv, elements = (1024, 1024, 2**20) if wide else (512, 512, 2**18)
+    else:
+        block_q, block_kv, elements = 512, 512, 2**25
+    left, right = _masks.band(call)
+    if left is not None and right is not None:
+        width = max(128, 1 << max((left + right) // 4, 1).bit_length() - 1)
+        block_q, block_kv = min(block_q, width), min(block_kv, width)
+    return plan(call, block_q, block_kv, elements, sums_queries=sums_queries)
+
+
+# --- forward ---
+
+
+def _attend_rule(call: Call, floats: Blocks, others: Blocks) -> tuple[jax.Array, jax.Array]:
+    arrays = Arrays(**floats, **others)
+    steps = _plan(call, sums_queries=False)
+    visits = _masks.Visits.of(steps, arrays)
+    # Kept unrounded for delta, which would otherwise be the largest error of 16-bit gradients.
+    out = full(call.shape(ROLES["out"][call.layout]), 0, call.acc_dtype, floats)
+    lse = full(call.shape(ROLES["lse"][call.layout]), -jnp.inf, call.acc_dtype, floats)
+    if 0 in (out.size, call.k_len):
+        return _no_keys(call, arrays, out, lse)
+
+    def query_block(
+        carry: tuple[jax.Array, jax.Array], step: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        unit, index = step // steps.queries.count, step % steps.queries.count
+        tile = steps.tile(unit, index, 0)
+        rows, row_lse = _attend_rows(arrays, steps, visits, unit, index)
+        out, lse = carry
+        out = tile.put(out, ROLES["out"][call.layout], rows, "bhrie")
+        return (out, tile.put(lse, ROLES["lse"][call.layout], row_lse, "bhri")), None
+
+    count = steps.units * steps.queries.count
+    (out, lse), _ = lax.scan(query_block, (out, lse), jnp.arange(count, dtype=jnp.int32))
+    return out, lse
+
+
+def _no_keys(
+    call: Call, arrays: Arrays, out: jax.Array, lse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    if arrays.sinks is not None:
+        lse = Tile.whole(call).put(
+            lse, ROLES["lse"][call.layout], Tile.whole(call).take(arrays.sinks, "n", "bhri"), "bhri"
+        )
+    return out, lse
+
+
+def _attend_rows(
+    arrays: Arrays, steps: Plan, visits: _masks.Visits, unit: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One block of queries against the keys that it sees: out (b, h, r, i, e), lse (b, h, r, i)."""
+    call = steps.call
+    tile = steps.tile(unit, index, 0)
+    q = _online.queries(call, arrays, tile)
+
+    def visit(partial: bool, key_block: jax.Array, carry: _online.Carry) -> _online.Carry:
+        return _online.step(
+            call, arrays, steps.tile(unit, index, key_block), q, carry, masked=partial
+        )
+
+    carry = _walk(visits, visits.along_keys(tile, index), visit, _online.start(call, tile, q))
+    return _online.end(call, arrays, tile, carry)
+
+
+def _walk(
+    visits: _masks.Visits,
+    route: tuple[jax.Array, jax.Array, jax.Array],
+    visit: Callable[[bool, jax.Array, Any], Any],
+    carry: Any,
+) -> Any:
+    """Visit the blocks of a route: the partial ones masked, then the full ones without a mask."""
+    order, partial, last = route
+    if visits.all_full:
+        return lax.fori_loop(0, order.size, lambda n, c: visit(False, n, c), carry)
+    carry = lax.fori_loop(0, partial, lambda n, c: visit(True, order[n], c), carry)
+    return lax.fori_loop(partial, last, lambda n, c: visit(False, order[n], c), carry)
+
+
+# --- backward ---
+
+
+def _attend_forward(call: Call, floats: Blocks, others: Blocks) -> tuple[Any, Any]:
+    out, lse = _attend(call, floats, others)
+    return (out, lse), (floats, others, out, lse)
+
+
+def _attend_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[Blocks, None]:
+    """Every gradient, wanted or not; the compiler drops a sum over blocks that nobody reads.
+
+    So the added terms have a sum of their own: a constant bias costs no gradient. To ask
+    `custom_vjp` which inputs are differentiated (`symbolic_zeros`) was tried and is wrong under
+    `jax.checkpoint`, which may run a rule that was traced for other inputs.
+    """
+    floats, others, out, lse = residuals
+    dout, dlse = cotangents
+    acc_dtype = call.acc_dtype
+    delta = (out.astype(acc_dtype) * dout.astype(acc_dtype)).sum(axis=-1) - dlse
+    inputs = {name: x for name, x in floats.items() if name != "sinks"}
+    inputs |= {"dout": dout, "lse": lse, "delta": delta}
+    gradients: Blocks = {}
+    for group in (("q", "k", "v", "scale"), ("bias", "alibi_slopes", "relative_bias")):
+        names = tuple(name for name in group if name in floats)
+        if names:
+            sums = _pair_sum(_Gradients(call, names), inputs, others)
+            for name in names:
+                gradients[name] = _from_sum(call, name, sums[name]).astype(floats[name].dtype)
+    if "sinks" in floats:
+        gradients["sinks"] = _sink_gradient(call, floats["sinks"], lse, delta)
+    return gradients, None
+
+
+_attend: Any = jax.custom_vjp(_attend_rule, nondiff_argnums=(0,))
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _sink_gradient(call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """A sink is a key without a value: its dP is zero."""
+    tile = Tile.whole(call)
+    row_lse = tile.take(lse, ROLES["lse"][call.layout], "bhri")
+    weight = jnp.exp(tile.take(sinks, "n", "bhri").astype(lse.dtype) - row_lse)
+    share = -weight * tile.take(delta, ROLES["lse"][call.layout], "bhri")
+    zero = full(sinks.shape, 0, lse.dtype, lse)
+    return tile.put(zero, "n", share, "bhri").astype(sinks.dtype)
+
+
+# dq is collected with its dimension before its queries: see the head of the file.
+_SUM_ROLES = {"q": "bndi"}
+
+
+def _from_sum(call: Call, name: str, total: jax.Array) -> jax.Array:
+    """A gradient as the caller's layout has it, from the axes in which it was collected."""
+    if name not in _SUM_ROLES:
+        return total
+    return lax.transpose(
+        total, [_SUM_ROLES[name].index(letter) for letter in ROLES[name][call.layout]]
+    )
+
+
+def _roles(call: Call, name: str) -> str:
+    """Axes of an input of `_Gradients`."""
+    if name == "dout":
+        return ROLES["out"][call.layout]
+    if name in ("lse", "delta"):
+        return ROLES["lse"][call.layout]
+    return ROLES[name][call.layout] if name in ROLES else TERM_ROLES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a block lies: the axes of its array, and those in which a block function has it."""
+
+    roles: str
+    axes: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The backward pass of one block: the share of each wanted gradient. A hashable function."""
+
+    call: Call
+    wanted: tuple[str, ...]
+
+    def inputs(self) -> dict[str, Slot]:
+        """Slots of the differentiable inputs."""
+        axes = {
+            "q": "bhrid",
+            "k": "bhjd",
+            "v": "bhje",
+            "dout": "bhrie",
+            "lse": "bhri",
+            "delta": "bhri",
+        }
+        names = [*axes, *(name for name in LOGIT_TERMS if self.call.has(name))]
+        return {name: self._slot(name, _roles(self.call, name), axes.get(name)) for name in names}
+
+    def outputs(self) -> dict[str, Slot]:
+        """Slots of the sums."""
+        axes = {"q": "bhdri", "k": "bhjd", "v": "bhje"}
+        return {
+            name: self._slot(name, _SUM_ROLES.get(name, _roles(self.call, name)), axes.get(name))
+            for name in self.wanted
+        }
+
+    def _slot(self, name: str, roles: str, axes: str | None) -> Slot:
+        shape = self.call.shape_of(name) or self.call.shape(roles)
+        return Slot(roles, axes or term_axes(name, COLUMNS), shape)
+
+    def __call__(self, arrays: Arrays, tile: Tile, partial: bool, blocks: Blocks) -> Blocks:
+        """Algorithm 2, lines 10-18, with keys first."""
+        call, dtype = self.call, compute_dtype(self.call)
+        at = _masks.positions(call, arrays, tile, COLUMNS)
+        visible = _masks.visible(call, arrays, tile, at, COLUMNS) if partial else None
+        q, k, v, dout = (blocks[name].astype(dtype) for name in ("q", "k", "v", "dout"))
+        if visible is not None:
+            rows, columns = (_masks.sees(visible, COLUMNS, letter) for letter in "ij")
+            q = _masks.cleaned(q, "bhrid", rows, COLUMNS)
+            dout = _masks.cleaned(dout, "bhrie", rows, COLUMNS)
+            k, v = (
+                _masks.cleaned(k, "bhjd", columns, COLUMNS),
+                _masks.cleaned(v, "bhje", columns, COLUMNS),
+            )
+        lse, delta = (blocks[name][:, :, None] for name in ("lse", "delta"))
+
+        fold = folds_scale(call)
+        similarity = product(call, scaled(call, k) if fold else k, q, "bhjd,bhrid->bhjri")
+        similarity = similarity if fold else scaled(call, similarity)
+        terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
+        fixed = {name: x for name, x in terms.items() if name not in self.wanted}
+        moving = {name: x for name, x in terms.items() if name in self.wanted}
+
+        def to_logits(similarity: jax.Array, moving: Blocks) -> jax.Array:
+            return logits(call, similarity, fixed | moving, at, visible, COLUMNS)
+
+        x, pull = jax.vjp(to_logits, similarity, moving)
+        p = jnp.exp(x - finite_or_zero(lse))
+        dp = product(call, v, dout, "bhje,bhrie->bhjri")
+        kept = p
+        if call.dropout_rate:
+            words = _dropout.row_words(arrays.dropout_key, call.heads, at.b, at.n, at.i)
+            factor = jnp.where(
+                _dropout.keep(words, at.j, call.dropout_rate),
+                np.asarray(1 / (1 - call.dropout_rate), p.dtype),
+                0,
+            )
+            kept, dp = p * factor, dp * factor
+        result: Blocks = {}
+        if "v" in self.wanted:
+            result["v"] = product(call, kept.astype(dtype), dout, "bhjri,bhrie->bhje")
+        if self.wanted == ("v",):
+            return result
+        ds, dterms = pull(p * (dp - delta))
+        result |= dterms
+        ds = ds.astype(dtype)
+        if "k" in self.wanted:
+            result["k"] = scaled(call, product(call, ds, q, "bhjri,bhrid->bhjd"))
+        if "q" in self.wanted:
+            result["q"] = scaled(call, product(call, k, ds, "bhjd,bhjri->bhdri"))
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    """The vjp of a block function, itself one: inputs and cotangents in, their cotangents out."""
+
+    function: Any
+
+    @property
+    def call(self) -> Call:
+        """The call of the innermost function."""
+        return self.function.call
+
+    @property
+    def order(self) -> int:
+        """How often `_Gradients` was transposed."""
+        return 1 + getattr(self.function, "order", 0)
+
+    def cotangent(self, name: str) -> str:
+        """Name of the cotangent of an output: each order has its own."""
+        return f"ct{self.order} {name}"
+
+    def inputs(self) -> dict[str, Slot]:
+        """Those of the function, and a cotangent per output of it."""
+        return self.function.inputs() | {
+            self.cotangent(name): slot for name, slot in self.function.outputs().items()
+        }
+
+    def outputs(self) -> dict[str, Slot]:
+        """One sum per input of the function."""
+        return self.function.inputs()
+
+    def __call__(self, arrays: Arrays, tile: Tile, partial: bool, blocks: Blocks) -> Blocks:
+        """Differentiate the function in this block."""
+        primal = {name: blocks[name] for name in self.function.inputs()}
+        result, pull = jax.vjp(lambda primal: self.function(arrays, tile, partial, primal), primal)
+        return pull(
+            {
+                name: blocks[self.cotangent(name)].astype(x.dtype).reshape(x.shape)
+                for name, x in result.items()
+            }
+        )[0]
+
+
+def _pair_sum_rule(function: Any, floats: Blocks, others: Blocks) -> Blocks:
+    """Sum of `function` over all pairs of blocks that the mask leaves.
+
+    Args:
+        function: A hashable block function (`_Gradients`, `_Transposed`).
+        floats: Its differentiable inputs, whole.
+        others: Masks, ids, lengths and the like, by the names of `Arrays`.
+    """
+    call: Call = function.call
+    steps = _plan(call, sums_queries=True)
+    arrays = Arrays(q=None, k=None, v=None, **others)
+    visits = _masks.Visits.of(steps, arrays)
+    inputs, outputs = function.inputs(), function.outputs()
+    sums = {name: full(slot.shape, 0, call.acc_dtype, floats) for name, slot in outputs.items()}
+    if 0 in (call.q_len, call.k_len, call.batch):
+        return sums
+
+    def key_block(sums: Blocks, step: jax.Array) -> tuple[Blocks, None]:
+        unit, index = step // steps.keys.count, step % steps.keys.count
+
+        def visit(partial: bool, query_block: jax.Array, sums: Blocks) -> Blocks:
+            tile = steps.tile(unit, query_block, index)
+            blocks = {
+                name: tile.take(floats[name], slot.roles, slot.axes)
+                for name, slot in inputs.items()
+            }
+            share = function(arrays, tile, partial, blocks)
+            return {
+                name: tile.put(sums[name], slot.roles, share[name], slot.axes, add=True)
+                for name, slot in outputs.items()
+            }
+
+        return _walk(
+            visits, visits.along_queries(steps.tile(unit, 0, index), index), visit, sums
+        ), None
+
+    count = steps.units * steps.keys.count
+    sums, _ = lax.scan(key_block, sums, jnp.arange(count, dtype=jnp.int32))
+    return sums
+
+
+def _pair_sum_forward(function: Any, floats: Blocks, others: Blocks) -> tuple[Blocks, Any]:
+    return _pair_sum(function, floats, others), (floats, others)
+
+
+def _pair_sum_backward(function: Any, residuals: Any, cotangents: Blocks) -> tuple[Blocks, None]:
+    floats, others = residuals
+    transposed = _Transposed(function)
+    named = {transposed.cotangent(name): ct for name, ct in cotangents.items()}
+    sums = _pair_sum(transposed, floats | named, others)
+    return {name: sums[name].astype(x.dtype) for name, x in floats.items()}, None
+
+
+_pair_sum: Any = jax.custom_vjp(_pair_sum_rule, nondiff_argnums=(0,))
+_pair_sum.defvjp(_pair_sum_forward, _pair_sum_backward)

@@ -1,0 +1,107 @@
+"""The engine for every mode and order of differentiation: blocks under `jax.checkpoint`.
+
+Rabe & Staats 2021, "Self-attention Does Not Need O(n^2) Memory", algorithm of section 3: for each
+block of queries, a scan over blocks of keys whose body is checkpointed, so that reverse mode keeps
+the carried (m, l, acc) of each step and recomputes the rest. `jax.jvp`, `jax.linearize`,
+`jax.hessian` and any nesting of them work, because JAX differentiates what is written here.
+First-order memory is O(n) in forward and in reverse mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flash_attention_jax import _masks, _online
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call
+from flash_attention_jax._similarity import normalised
+from flash_attention_jax._tiles import Plan, Tile, plan
+from flash_attention_jax._varying import full, unified
+
+
+def why_not(call: Call) -> str | None:
+    """Why this engine cannot run the call: never."""
+    del call
+    return None
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Attention in O(n) memory, differentiable to any order in any mode.
+
+    Returns:
+        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+    """
+    arrays = unified(_widened(call, normalised(call, arrays)))
+    if 0 in (call.batch, call.q_len):
+        out, lse = (call.shape(ROLES[name][call.layout]) for name in ("out", "lse"))
+        return full(out, 0, call.dtype, arrays), full(lse, 0, call.acc_dtype, arrays)
+    elements = 2**18 if call.platform == "cpu" else 2**25
+    steps = plan(call, 512, 512, elements, sums_queries=False)
+    visits = _masks.Visits.of(steps, arrays)
+
+    def query_block(_: None, step: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        rows = jax.checkpoint(lambda arrays: _attend_rows(arrays, steps, visits, step))(arrays)
+        return None, rows
+
+    count = jnp.arange(steps.units * steps.queries.count, dtype=jnp.int32)
+    _, (rows, row_lse) = lax.scan(query_block, None, count)
+
+    def place(
+        carry: tuple[jax.Array, jax.Array], block: Any
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (out, lse), (step, rows, row_lse) = carry, block
+        tile = _tile(steps, step, 0)
+        out = tile.put(out, ROLES["out"][call.layout], rows, "bhrie")
+        return (out, tile.put(lse, ROLES["lse"][call.layout], row_lse, "bhri")), None
+
+    out = full(call.shape(ROLES["out"][call.layout]), 0, call.dtype, rows)
+    lse = full(call.shape(ROLES["lse"][call.layout]), 0, call.acc_dtype, rows)
+    (out, lse), _ = lax.scan(place, (out, lse), (count, rows, row_lse))
+    return out, lse
+
+
+def _widened(call: Call, arrays: Arrays) -> Arrays:
+    """16-bit arrays made wide: JAX sums the gradients of blocks in the dtype of the array."""
+    fields = {name: getattr(arrays, name) for name in DIFFERENTIABLE}
+    wide = {name: x.astype(call.acc_dtype) for name, x in fields.items() if _is_16_bit(x)}
+    return arrays._replace(**wide)
+
+
+def _is_16_bit(x: Any) -> bool:
+    return x is not None and x.dtype.itemsize == 2
+
+
+def _tile(steps: Plan, step: jax.Array, key_block: Any) -> Tile:
+    return steps.tile(step // steps.queries.count, step % steps.queries.count, key_block)
+
+
+def _attend_rows(
+    arrays: Arrays, steps: Plan, visits: _masks.Visits, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One block of queries against the keys that it sees: out (b, h, r, i, e), lse (b, h, r, i)."""
+    call = steps.call
+    tile = _tile(steps, step, 0)
+    q = _online.queries(call, arrays, tile)
+    masked = not visits.all_full
+    codes = visits.codes(tile, step % steps.queries.count, None) if masked else None
+
+    @jax.checkpoint
+    def visit(
+        arrays: Arrays, q: jax.Array, index: jax.Array, carry: _online.Carry
+    ) -> _online.Carry:
+        return _online.step(call, arrays, _tile(steps, step, index), q, carry, masked=masked)
+
+    def key_block(carry: _online.Carry, index: jax.Array) -> tuple[_online.Carry, None]:
+        if codes is None:
+            return visit(arrays, q, index, carry), None
+        empty = codes[index] == _masks.EMPTY
+        return lax.cond(empty, lambda c: c, lambda c: visit(arrays, q, index, c), carry), None
+
+    carry = _online.start(call, tile, q)
+    if call.k_len:
+        carry, _ = lax.scan(key_block, carry, jnp.arange(steps.keys.count, dtype=jnp.int32))
+    out, lse = _online.end(call, arrays, tile, carry)
+    return out.astype(call.dtype), lse

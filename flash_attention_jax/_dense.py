@@ -1,0 +1,62 @@
+"""The oracle: the whole matrix of logits at once, O(T * S) memory, JAX's own differentiation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flash_attention_jax import _dropout, _masks
+from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled
+from flash_attention_jax._similarity import normalised
+from flash_attention_jax._tiles import Tile
+
+AXES = "bhrij"
+
+
+def why_not(call: Call) -> str | None:
+    """Why this engine cannot run the call: never."""
+    del call
+    return None
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Attention by the definition, line by line.
+
+    Returns:
+        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+    """
+    arrays = normalised(call, arrays)
+    tile = Tile.whole(call)
+    q = tile.take(arrays.q, ROLES["q"][call.layout], "bhrid")
+    k = tile.take(arrays.k, ROLES["k"][call.layout], "bhjd")
+    v = tile.take(arrays.v, ROLES["v"][call.layout], "bhje")
+    at = _masks.positions(call, arrays, tile, AXES)
+    visible = _masks.visible(call, arrays, tile, at, AXES)
+    if visible is not None:
+        rows, columns = _masks.sees(visible, AXES, "i"), _masks.sees(visible, AXES, "j")
+        q = _masks.cleaned(q, "bhrid", rows, AXES)
+        k, v = _masks.cleaned(k, "bhjd", columns, AXES), _masks.cleaned(v, "bhje", columns, AXES)
+
+    x = scaled(call, product(call, q, k, "bhrid,bhjd->bhrij"))
+    x = logits(call, x, cut_terms(arrays, tile, AXES), at, visible, AXES)
+    m = lax.stop_gradient(x.max(axis=-1, initial=-jnp.inf))
+    m = jnp.where(m == -jnp.inf, jnp.zeros((), m.dtype), m)
+    p = jnp.exp(x - m[..., None])
+    l = p.sum(axis=-1)
+    if call.dropout_rate:
+        words = _dropout.row_words(arrays.dropout_key, call.heads, at.b, at.n, at.i)
+        p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
+    acc = product(call, p.astype(v.dtype), v, "bhrij,bhje->bhrie")
+    sinks = None if arrays.sinks is None else tile.take(arrays.sinks, "n", "bhri").astype(l.dtype)
+    out, lse = finish(call, m, l, acc, sinks)
+    return place(call, tile, out, "out", call.dtype), place(call, tile, lse, "lse", lse.dtype)
+
+
+def place(call: Call, tile: Tile, block: jax.Array, name: str, dtype: Any) -> jax.Array:
+    """A whole result in the call's layout and dtype."""
+    roles = ROLES[name][call.layout]
+    return tile.put(jnp.zeros(call.shape(roles), dtype), roles, block, "bhrie"[: block.ndim])

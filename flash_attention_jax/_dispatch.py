@@ -1,0 +1,124 @@
+"""The choice of an engine when the function is traced, and why no other was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flash_attention_jax import _blocked, _checkpointed, _dense
+from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax.kernels import _support
+
+Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run a call.
+
+    Attributes:
+        name: What the user writes.
+        why_not: Why it cannot run a call, or None.
+        attend: Runs it; None where nothing can (its `why_not` always says so).
+        chosen: Whether it is taken without being named.
+    """
+
+    name: str
+    why_not: Callable[[Call], str | None]
+    attend: Attend | None
+    chosen: bool = True
+
+
+TABLE = (
+    # Fastest first: the first that does not decline is taken.
+    Implementation("hopper", _support.hopper_why_not, None),
+    Implementation("triton", _support.triton_why_not, None),
+    # O(n) memory everywhere, reverse mode to any order.
+    Implementation("blocked", _blocked.why_not, _blocked.attend),
+    # Every mode of differentiation, about twice the work backward.
+    Implementation("checkpointed", _checkpointed.why_not, _checkpointed.attend),
+    # O(T * S) memory: the oracle, never chosen unasked.
+    Implementation("dense", _dense.why_not, _dense.attend, chosen=False),
+)
+
+NAMES = tuple(entry.name for entry in TABLE)
+
+
+def choose(call: Call, name: str | None) -> Implementation:
+    """The implementation for a call: the one named, or the first that does not decline.
+
+    Raises:
+        NotImplementedError: If the one named declines.
+    """
+    if name is None:
+        return next(entry for entry in TABLE if entry.chosen and entry.why_not(call) is None)
+    entry = next(entry for entry in TABLE if entry.name == name)
+    reason = entry.why_not(call)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation={name!r} declines this call: {reason}. "
+            "Use implementation=None to let the library choose."
+        )
+    return entry
+
+
+def engine(name: str) -> Attend:
+    """The function that runs the implementation `name`."""
+    return next(entry.attend for entry in TABLE if entry.name == name and entry.attend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would run a call, and why nothing else would.
+
+    Attributes:
+        forward: Name of the implementation of the forward pass.
+        backward: Name of the implementation of the backward pass; the two are chosen together.
+        platform: What the choice was made for: "cpu", "gpu" or "tpu", with the compute capability.
+        reasons: For each other implementation, why it was not chosen.
+        call: The call's static record.
+    """
+
+    forward: str
+    backward: str
+    platform: str
+    reasons: dict[str, str]
+    call: Any = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        """The choice and the reasons, a line each."""
+        lines = [
+            f"forward:  {self.forward}",
+            f"backward: {self.backward}",
+            f"platform: {self.platform}",
+        ]
+        width = max(map(len, self.reasons))
+        return "\n".join(
+            lines + [f"not {name:<{width}}  {reason}" for name, reason in self.reasons.items()]
+        )
+
+
+def explanation(call: Call, name: str | None) -> Explanation:
+    """Explain the choice for a call."""
+    taken = choose(call, name)
+    reasons = {}
+    for entry in TABLE:
+        if entry is taken:
+            continue
+        reason = entry.why_not(call)
+        if reason is None and name is not None:
+            reason = f"implementation={name!r} was asked for"
+        elif reason is None and not entry.chosen:
+            reason = "never chosen unless named: its memory grows with q_len * k_len"
+        elif reason is None:
+            reason = f"{taken.name} comes first"
+        reasons[entry.name] = reason
+    where = (
+        call.platform
+        if call.capability is None
+        else f"{call.platform} sm_{call.capability[0]}{call.capability[1]}"
+    )
+    return Explanation(taken.name, taken.name, where, reasons, call)

@@ -1,0 +1,62 @@
+"""Dropout: one mask for every engine, a function of (key, b, h, i, j) alone.
+
+No state is walked and no block is counted, so the mask is the same forward and backward, for any
+block size, under `vmap`, and in kernels that visit tiles in another order. All arithmetic is on
+uint32 and wraps.
+
+    row(b, h, i)  = two words from mixing the key's two words with (b, h) and then with i
+    bits(row, j)  = mix(mix(j * golden + row[0]) ^ row[1])
+    keep          = bits >= rate * 2**32
+
+`mix` is the 32-bit finaliser with the constants that C. Wellons found by search ("lowbias32",
+2018): bijective, each input bit flips each output bit with probability close to 1/2. The second row
+word enters between two mixes; with one word alone, two rows whose words differ by a multiple of
+`golden` would share their bits, shifted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive j land far apart
+
+
+def mix(x: Any) -> Any:
+    """Permute the 32-bit words so that every output bit depends on every input bit."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def key_words(key: jax.Array) -> jax.Array:
+    """Two uint32 words of a JAX random key, new-style or raw; longer keys are folded."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    words = key.astype(jnp.uint32).reshape(-1)
+    words = jnp.pad(words, (0, words.size % 2)).reshape(-1, 2)
+    folded = words[0]
+    for extra in words[1:]:
+        folded = mix(folded + GOLDEN) ^ extra
+    return folded
+
+
+def row_words(words: jax.Array, heads: int, b: Any, h: Any, i: Any) -> tuple[Any, Any]:
+    """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast)."""
+    unit = (b * heads + h).astype(jnp.uint32)
+    i = i.astype(jnp.uint32)
+    first = mix(mix(words[0] + unit * GOLDEN) + i * GOLDEN)
+    second = mix(mix(words[1] ^ mix(unit)) ^ mix(i))
+    return first, second
+
+
+def keep(words: tuple[Any, Any], j: Any, rate: float) -> Any:
+    """Which entries stay: boolean, of the shape that the row words and `j` broadcast to."""
+    first, second = words
+    bits = mix(mix(j.astype(jnp.uint32) * GOLDEN + first) ^ second)
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -1,0 +1,113 @@
+"""From a public function to its implementation: read, choose, run."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from typing import Any, get_type_hints
+
+import jax
+
+from flash_attention_jax import _check, _dispatch, _read
+from flash_attention_jax._call import Call
+from flash_attention_jax._read import Options
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(call: Call, implementation: str, given: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Run one call; traced once per record."""
+    return _dispatch.engine(implementation)(call, _read.arrays(call, given))
+
+
+FOREIGN = {
+    "attn_bias": "bias",
+    "attn_mask": "mask",
+    "dropout": "dropout_rate",
+    "dropout_p": "dropout_rate",
+    "dropout_rng": "dropout_key",
+    "is_causal": "causal",
+    "key_mask": "mask",
+    "key_value_seq_lengths": "kv_lengths",
+    "local_window_size": "window",
+    "logits_soft_cap": "softcap",
+    "query_seq_lengths": "q_lengths",
+    "return_residual": "return_lse",
+    "segment_ids": "q_segment_ids",
+    "sm_scale": "scale",
+    "softmax_scale": "scale",
+    "window_size": "window",
+}
+"""What other libraries call the options: an error suggests what the option is called here."""
+
+
+COSINE = ("similarity", "groups", "l2norm_qk")
+"""Arguments of the functions by cosine similarity and of `dot_product_attention`."""
+
+
+def check_names(function: str, options: dict[str, Any], names: dict[str, str]) -> None:
+    """Refuse options that the function does not have, with the name that may be meant."""
+    own = {name: names.get(name, name) for name in get_type_hints(Options)}
+    for name in options:
+        if name in own.values():
+            continue
+        meant = FOREIGN.get(name, name)
+        close = difflib.get_close_matches(own.get(meant, meant), [*own.values(), "mask"], 1)
+        if close:
+            hint = f"Did you mean `{close[0]}`?"
+        elif name in COSINE:
+            hint = "`flash_cosine_sim_attention` is by cosine similarity."
+        else:
+            hint = f"Known: {', '.join(own.values())}."
+        raise TypeError(f"`{function}` got an unexpected keyword argument {name!r}. {hint}")
+
+
+def check_implementation(name: Any) -> None:
+    advice = "Use None to let the library choose."
+    if name == "xla":
+        advice = "What jax.nn calls 'xla' is 'dense' here; None lets the library choose."
+    elif name == "cudnn":
+        advice = "cuDNN is jax.nn's; None lets the library choose its own fastest kernel."
+    _check.choice("implementation", name, _dispatch.NAMES, none=True, advice=advice)
+
+
+def _attend(reading: _read.Reading, implementation: str | None, return_lse: bool) -> Any:
+    check_implementation(implementation)
+    chosen = _dispatch.choose(reading.call, implementation)
+    out, lse = _run(reading.call, chosen.name, reading.given)
+    out = out.reshape(reading.out_shape)
+    return (out, lse.reshape(reading.lse_shape)) if return_lse else out
+
+
+def run(
+    function: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    options: dict[str, Any],
+    *,
+    default: str | None = None,
+    **fixed: Any,
+) -> Any:
+    """Run a function; the options have `Options`' names, and `fixed` goes to `_read.read`."""
+    names = fixed.get("names") or {}
+    check_names(function, options, {})
+    reading = _read.read(q, k, v, mask, options, **fixed)
+    for name, x in reading.given.items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            advice = "`explain` and `jax.eval_shape` take shapes alone."
+            got = type(x).__name__
+            _check.fail(names.get(name, name), "hold values", got, advice, TypeError)
+    return_lse = _check.flag(
+        names.get("return_lse", "return_lse"), options.get("return_lse", False)
+    )
+    implementation = options.get("implementation")
+    return _attend(reading, default if implementation is None else implementation, return_lse)
+
+
+def force_causal(function: str, options: Any) -> dict[str, Any]:
+    """The options of a function that is causal by its name."""
+    if not _check.flag("causal", options.get("causal", True)):
+        advice = f"Use `{function.replace('causal_', '')}`."
+        _check.fail("causal", f"be True in `{function}`", "False", advice)
+    return {**options, "causal": True}

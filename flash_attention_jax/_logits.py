@@ -1,0 +1,141 @@
+"""From similarities to logits, and from sums to the output: one definition for every engine.
+
+logits = softcap(scale * similarity + alibi + relative_bias + bias),  then -inf where not visible
+out    = acc / l,  lse = m + log l,  and the sink, if any, joins the denominator last
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._masks import Positions
+from flash_attention_jax._tiles import Tile
+
+LOGIT_TERMS = ("scale", "alibi_slopes", "relative_bias", "bias")
+"""The differentiable arrays that enter the logits besides q and k."""
+
+
+def precision_of(call: Call) -> Any:
+    """Precision of the products: the call's, else the context's, else that of the inputs' dtype."""
+    context = getattr(jax.config, "jax_default_matmul_precision", None)
+    if call.precision is not None or context is not None:
+        return call.precision
+    return lax.Precision.HIGHEST if call.dtype in ("float32", "float64") else None
+
+
+def product(call: Call, a: jax.Array, b: jax.Array, equation: str) -> jax.Array:
+    """Einsum of two blocks, accumulated in the call's accumulator dtype."""
+    return jnp.einsum(
+        equation, a, b, precision=precision_of(call), preferred_element_type=call.acc_dtype
+    )
+
+
+def cut_terms(arrays: Arrays, tile: Tile, axes: str) -> dict[str, jax.Array]:
+    """The tile's part of each term of the logits that the call has, with the axes `term_axes`."""
+    present = [name for name in LOGIT_TERMS if getattr(arrays, name) is not None]
+    return {
+        name: tile.take(getattr(arrays, name), TERM_ROLES[name], term_axes(name, axes))
+        for name in present
+    }
+
+
+def term_axes(name: str, axes: str) -> str:
+    """Axes of a term's block: those of the logits; the relative bias is cut along diagonals."""
+    return "bhrg" if name == "relative_bias" else axes
+
+
+def toeplitz(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Spread diagonals, lowest first, to a matrix with entry j - i + rows - 1 at (i, j).
+
+    By repeating and reading with a stride one shorter, so that the transpose is a reshape and a
+    sum, not a scatter.
+    """
+    width = rows + columns
+    lead = diagonals.shape[:-1]
+    padded = jnp.pad(diagonals, [(0, 0)] * len(lead) + [(0, 1)])
+    flat = jnp.broadcast_to(padded[..., None, :], (*lead, rows, width)).reshape(*lead, rows * width)
+    flat = flat[..., rows - 1 : rows - 1 + rows * (width - 1)]
+    return flat.reshape(*lead, rows, width - 1)[..., :columns]
+
+
+def logits(
+    call: Call,
+    similarity: jax.Array,
+    terms: dict[str, jax.Array],
+    at: Positions,
+    visible: jax.Array | None,
+    axes: str,
+) -> jax.Array:
+    """Logits of one block from similarities that hold a static scale already.
+
+    Elementwise in `similarity`; differentiable in it and in the terms. Nothing that is not visible
+    reaches the result or, through a derivative, anything else.
+    """
+    x = similarity
+    if "scale" in terms:
+        x = x * terms["scale"]
+    added = []
+    if "alibi_slopes" in terms:
+        added.append(-terms["alibi_slopes"] * jnp.abs(at.diagonal - at.j).astype(x.dtype))
+    if "relative_bias" in terms:
+        rows, columns = x.shape[axes.index("i")], x.shape[axes.index("j")]
+        spread = toeplitz(terms["relative_bias"].astype(x.dtype), rows, columns)
+        added.append(lax.transpose(spread, ["bhrij".index(letter) for letter in axes]))
+    if "bias" in terms:
+        added.append(terms["bias"].astype(x.dtype))
+    for term in added:
+        x = x + (term if visible is None else jnp.where(visible, term, jnp.zeros((), x.dtype)))
+    if call.softcap is not None:
+        x = call.softcap * jnp.tanh(x / call.softcap)
+    return x if visible is None else jnp.where(visible, x, jnp.full((), -jnp.inf, x.dtype))
+
+
+def scaled(call: Call, x: jax.Array) -> jax.Array:
+    """`x` (a wide block of q or k, or similarities) times the static scale, if there is one."""
+    return x if call.scale is None or call.scale == 1 else x * np.asarray(call.scale, x.dtype)
+
+
+def finite_or_zero(x: jax.Array) -> jax.Array:
+    """-inf replaced by 0: what to subtract in exp, so that -inf - -inf never arises."""
+    return jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), x)
+
+
+def finish(
+    call: Call, m: jax.Array | None, l: jax.Array, acc: jax.Array, sinks: jax.Array | None
+) -> tuple[Any, Any]:
+    """Normalise the sums of one block of rows.
+
+    Args:
+        call: The call.
+        m: Maximum of the logits per row (..., i), -inf where none was seen; None where no maximum
+            was subtracted.
+        l: Sum of exp(logits - m), (..., i).
+        acc: Sum of the kept exp(logits - m) times the values, (..., i, e).
+        sinks: One logit per row's head, broadcastable to l, or None.
+
+    Returns:
+        out (..., i, e), zero for a row without a key, and lse (..., i), -inf for a row without key
+        or sink.
+    """
+    none = l == 0
+    safe = jnp.where(none, jnp.ones_like(l), l)
+    lse = jnp.log(safe) if m is None else finite_or_zero(m) + jnp.log(safe)
+    lse = jnp.where(none, jnp.full((), -jnp.inf, l.dtype), lse)
+    weight = 1 / safe
+    if sinks is not None:
+        top = lax.stop_gradient(jnp.maximum(lse, sinks))
+        top = finite_or_zero(top)
+        total = top + jnp.log(
+            jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse) - top)) + jnp.exp(sinks - top)
+        )
+        weight = weight * jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse) - total))
+        lse = total
+    if call.dropout_rate:
+        weight = weight / (1 - call.dropout_rate)
+    return acc * weight[..., None], lse

@@ -1,0 +1,546 @@
+"""From what the user wrote to the call record: both families of functions are read here, once.
+
+Only shapes, dtypes and Python values are read, so arrays, tracers and `jax.ShapeDtypeStruct`s all
+do. The result names for every array the shape and dtype that the engines want; `arrays` brings them
+into it (reshapes and casts, no transposes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_attention_jax import _check, _dropout
+from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword-only options that every heads-first function has, as `flash_attention` says."""
+
+    window: int | tuple[int | None, int | None] | None
+    q_offset: Any
+    q_segment_ids: Any
+    kv_segment_ids: Any
+    q_lengths: Any
+    kv_lengths: Any
+    softcap: float | None
+    sinks: Any
+    alibi_slopes: Any
+    relative_bias: Any
+    dropout_rate: float
+    dropout_key: Any
+    return_lse: bool
+    block_q: int | None
+    block_kv: int | None
+    implementation: str | None
+    differentiation: str
+    precision: Any
+
+
+class ScaleOptions(CommonOptions, total=False):
+    """Those, and the scale: for functions that name bias and causal in their signature."""
+
+    scale: Any
+
+
+class Options(ScaleOptions, total=False):
+    """All of them: for functions that name none in their signature."""
+
+    bias: Any
+    causal: bool
+
+
+JAX_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "causal": "is_causal",
+    "window": "local_window_size",
+    "softcap": "logits_soft_cap",
+    "q_lengths": "query_seq_lengths",
+    "kv_lengths": "key_value_seq_lengths",
+    "return_lse": "return_residual",
+}
+"""What `dot_product_attention` calls the options; the rest has one name in both families."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A call that was read: the record, the arrays as given, the shapes of the results.
+
+    Attributes:
+        call: The static record.
+        given: The arrays by the names of `Arrays`, as the user gave them.
+        out_shape: Shape of the output.
+        lse_shape: Shape of lse.
+    """
+
+    call: Call
+    given: dict[str, Any]
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+
+
+def arrays(call: Call, given: dict[str, Any]) -> Arrays:
+    """The arrays in the shapes and dtypes that the engines want."""
+    shapes = {name: (call.shape(ROLES[name][call.layout]), call.dtype) for name in ("q", "k", "v")}
+    shapes |= {name: (shape, dtype) for name, shape, dtype in call.terms}
+    return Arrays(
+        **{
+            name: (
+                _dropout.key_words(x)
+                if name == "dropout_key"
+                else jnp.asarray(x).reshape(shapes[name][0])
+            ).astype(shapes[name][1])
+            for name, x in given.items()
+        }
+    )
+
+
+def read(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    options: dict[str, Any],
+    *,
+    layout: Layout = "heads_first",
+    similarity: Similarity = "dot",
+    default_scale: float | None = None,
+    l2norm: bool = True,
+    groups: int = 1,
+    names: dict[str, str] | None = None,
+    bias_batch_dim: bool = False,
+    platform: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Reading:
+    """Check the arguments of one call and make its record.
+
+    Args:
+        q: Queries, in any of the family's ranks.
+        k: Keys.
+        v: Values.
+        mask: Mask or None.
+        options: The options by the names of `Options`, those not given left out.
+        layout: Family of the function.
+        similarity: "dot" or "cosine".
+        default_scale: Scale where the options have none; None = 1 / sqrt(d).
+        l2norm: Whether cosine normalises q and k.
+        groups: Chunks that it normalises apart.
+        names: What the function calls the arguments where it differs.
+        bias_batch_dim: Whether a bias of three axes is (b, i, j) rather than (h, i, j).
+        platform: What to trace for; None = JAX's default backend.
+        capability: CUDA compute capability to assume; None = that of the first device.
+    """
+    names = names or {}
+    _check.array(names.get("q", "q"), q)
+    reader = _Reader(names, options, layout, len(q.shape))
+    sizes, out_shape, lse_shape = reader.shapes(q, k, v)
+    causal = _check.flag(reader.name("causal"), options.get("causal", False))
+    window = _check.window(reader.name("window"), options.get("window"))
+    if causal:
+        window = (window[0], None if window[1] is None else 0)
+    given = {"q": q, "k": k, "v": v}
+    terms = {
+        **reader.masks(mask, sizes, bias_batch_dim),
+        **reader.per_token(sizes),
+        **reader.per_head(sizes),
+    }
+    scale, scale_term = reader.scale(default_scale, sizes)
+    terms |= scale_term
+    dropout_rate = _check.rate(reader.name("dropout_rate"), options.get("dropout_rate", 0.0))
+    dropout_key = reader.dropout_key(needed=dropout_rate > 0)
+    if dropout_key is not None and dropout_rate > 0:
+        terms["dropout_key"] = dropout_key
+    offset = options.get("q_offset")
+    if offset is None:
+        offset = sizes["k_len"] - sizes["q_len"] if layout == "heads_first" else 0
+    softcap = options.get("softcap")
+    _check.choice("similarity", similarity, ("dot", "cosine"))
+    groups = _check.whole("groups", groups, least=1)
+    if sizes["dim"] % groups:
+        _check.fail(
+            "groups", "divide the dimension", f"{groups} for {sizes['dim']}", "Use a divisor of it."
+        )
+    if groups > 1 and similarity == "dot":
+        _check.fail("groups", "be 1 with similarity='dot'", str(groups), "Use similarity='cosine'.")
+    _check.choice(
+        reader.name("differentiation"),
+        options.get("differentiation", "reverse"),
+        ("reverse", "any"),
+    )
+    _check.precision(reader.name("precision"), options.get("precision"))
+    for name, (x, _, _) in terms.items():
+        given[name] = x
+    platform = platform or jax.default_backend()
+    call = Call(
+        layout=layout,
+        similarity=similarity,
+        l2norm=_check.flag(reader.name("l2norm_qk"), l2norm),
+        groups=groups,
+        **sizes,
+        dtype=_check.dtype_name(q),
+        scale=scale,
+        causal=causal,
+        window=window,
+        offset=offset if isinstance(offset, int) else 0,
+        softcap=None
+        if softcap is None
+        else _check.number(reader.name("softcap"), softcap, positive=True),
+        dropout_rate=dropout_rate,
+        terms=tuple((name, shape, dtype) for name, (_, shape, dtype) in terms.items()),
+        block_q=reader.block("block_q"),
+        block_kv=reader.block("block_kv"),
+        precision=options.get("precision"),
+        differentiation=options.get("differentiation", "reverse"),
+        platform="gpu" if platform in ("cuda", "rocm") else platform,
+        capability=capability if capability is not None else _capability(platform),
+    )
+    return Reading(call, given, out_shape, lse_shape)
+
+
+def _capability(platform: str) -> tuple[int, int] | None:
+    """CUDA compute capability of the first device, None elsewhere."""
+    if platform not in ("gpu", "cuda") or jax.default_backend() != "gpu":
+        return None
+    text = getattr(jax.devices()[0], "compute_capability", None)
+    if not text or "." not in str(text):
+        return None
+    major, minor = str(text).split(".")[:2]
+    return int(major), int(minor)
+
+
+Term = tuple[Any, tuple[int, ...], str]
+"""An array as given, and the shape and dtype that the engines want it in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the arguments of one function, and speaks of them by that function's names."""
+
+    names: dict[str, str]
+    options: dict[str, Any]
+    layout: Layout
+    rank: int
+
+    def name(self, canonical: str) -> str:
+        """What the user calls it."""
+        return self.names.get(canonical, canonical)
+
+    @property
+    def qkv(self) -> tuple[str, str, str]:
+        """What the user calls q, k and v."""
+        return self.name("q"), self.name("k"), self.name("v")
+
+    # --- q, k, v ---
+
+    def shapes(
+        self, q: Any, k: Any, v: Any
+    ) -> tuple[dict[str, int], tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the call, and the shapes of out and lse in the rank of q."""
+        for name, x in zip(self.qkv, (q, k, v), strict=True):
+            _check.floating(name, x)
+        _check.same_dtype(self.qkv, (q, k, v))
+        if self.layout == "heads_first":
+            sizes = self._heads_first(q, k, v)
+        else:
+            sizes = self._heads_last(q, k, v)
+        if sizes["dim"] == 0:
+            _check.fail(
+                self.name("q"),
+                "have a dimension of at least 1",
+                f"shape {tuple(q.shape)}",
+                "Reshape it.",
+            )
+        for name, heads in ((self.name("q"), "heads"), (self.name("k"), "kv_heads")):
+            if sizes[heads] == 0:
+                got = f"shape {tuple((q if heads == 'heads' else k).shape)}"
+                _check.fail(name, "have at least 1 head", got, "Reshape it.")
+        if sizes["heads"] % sizes["kv_heads"]:
+            _check.fail(
+                self.name("q"),
+                f"have a multiple of the heads of `{self.name('k')}`",
+                f"{sizes['heads']} heads and {sizes['kv_heads']} key heads",
+                "Query head n reads key head n // (heads // key heads).",
+            )
+        out_shape = (*q.shape[:-1], v.shape[-1])
+        return sizes, tuple(out_shape), tuple(q.shape[:-1])
+
+    def _heads_first(self, q: Any, k: Any, v: Any) -> dict[str, int]:
+        q_name, k_name, v_name = self.qkv
+        _check.rank(q_name, q, (2, 3, 4), "(n, d), (bh, n, d) or (b, h, n, d)")
+        ranks = {2: (2,), 3: (3,), 4: (3, 4)}[len(q.shape)]
+        meaning = {
+            2: f"of `{q_name}`, (n, d)",
+            3: f"of `{q_name}`, (bh, n, d)",
+            4: f"of `{q_name}`, (b, h, n, d), or (b, n, d) for a single head",
+        }[len(q.shape)]
+        for name, x in ((k_name, k), (v_name, v)):
+            _check.rank(name, x, ranks, meaning, f" beside {q_name} {tuple(q.shape)}")
+        if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
+            _check.agree(
+                (k_name, v_name),
+                "batch, heads and length",
+                (k, v),
+                "Only the dimension may differ.",
+            )
+        if q.shape[-1] != k.shape[-1]:
+            _check.agree(
+                (q_name, k_name), "the dimension (last axis)", (q, k), "Project them to the same."
+            )
+        if len(q.shape) > 2 and q.shape[0] != k.shape[0]:
+            _check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
+        batch, heads = ((1, 1, *q.shape)[-4:][:2]) if len(q.shape) != 3 else (q.shape[0], 1)
+        kv_heads = k.shape[1] if len(k.shape) == 4 else 1
+        return {
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "q_len": q.shape[-2],
+            "k_len": k.shape[-2],
+            "dim": q.shape[-1],
+            "v_dim": v.shape[-1],
+        }
+
+    def _heads_last(self, q: Any, k: Any, v: Any) -> dict[str, int]:
+        q_name, k_name, v_name = self.qkv
+        _check.rank(q_name, q, (3, 4), "(length, heads, dim) or (batch, length, heads, dim)")
+        axes = f"{'(batch, ' if len(q.shape) == 4 else '('}length, key heads, dim)"
+        for name, x in ((k_name, k), (v_name, v)):
+            beside = f" beside {q_name} {tuple(q.shape)}"
+            _check.rank(name, x, (len(q.shape),), f"of `{q_name}`, {axes}", beside)
+        if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
+            _check.agree(
+                (k_name, v_name),
+                "batch, length and heads",
+                (k, v),
+                "Only the dimension may differ.",
+            )
+        if q.shape[-1] != k.shape[-1]:
+            _check.agree(
+                (q_name, k_name), "the dimension (last axis)", (q, k), "Project them to the same."
+            )
+        if len(q.shape) == 4 and q.shape[0] != k.shape[0]:
+            _check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
+        return {
+            "batch": q.shape[0] if len(q.shape) == 4 else 1,
+            "heads": q.shape[-2],
+            "kv_heads": k.shape[-2],
+            "q_len": q.shape[-3],
+            "k_len": k.shape[-3],
+            "dim": q.shape[-1],
+            "v_dim": v.shape[-1],
+        }
+
+    # --- masks and bias ---
+
+    def masks(self, mask: Any, sizes: dict[str, int], bias_batch_dim: bool) -> dict[str, Term]:
+        """The dense mask, the bias and the relative bias."""
+        terms: dict[str, Term] = {}
+        if mask is not None:
+            name = self.name("mask")
+            _check.boolean_or_integer(name, mask, self.name("bias"))
+            terms["mask"] = (mask, self._four_axes(name, mask, sizes, is_mask=True), "bool")
+        bias = self.options.get("bias")
+        if bias is not None:
+            name = self.name("bias")
+            _check.array(name, bias)
+            if bias.dtype == bool:
+                requirement, mask_name = "be of a float dtype", self.name("mask")
+                advice = f"Pass a boolean mask as `{mask_name}`."
+                _check.fail(name, requirement, str(bias.dtype), advice, TypeError)
+            _check.floating(name, bias)
+            shape = self._four_axes(name, bias, sizes, is_mask=False, batch_dim=bias_batch_dim)
+            terms["bias"] = (bias, shape, _check.dtype_name(bias))
+        relative = self.options.get("relative_bias")
+        if relative is not None:
+            _check.floating("relative_bias", relative)
+            diagonals = max(sizes["q_len"] + sizes["k_len"] - 1, 0)
+            shapes = {(diagonals,), (sizes["heads"], diagonals), (1, diagonals)}
+            meaning = (
+                f"(heads, q_len + k_len - 1) = {(sizes['heads'], diagonals)} or without the heads"
+            )
+            advice = "Entry j - i + q_len - 1 is that of query i and key j."
+            _check.shape_is("relative_bias", relative, shapes, meaning, advice)
+            rows = 1 if len(relative.shape) == 1 else relative.shape[0]
+            terms["relative_bias"] = (relative, (rows, diagonals), _check.dtype_name(relative))
+        return terms
+
+    def _four_axes(
+        self, name: str, x: Any, sizes: dict[str, int], *, is_mask: bool, batch_dim: bool = False
+    ) -> tuple[int, ...]:
+        """The shape (b, h, i, j), with ones, that a mask or bias of fewer axes stands for."""
+        b, h, i, j = sizes["batch"], sizes["heads"], sizes["q_len"], sizes["k_len"]
+        shape = tuple(x.shape)
+        advice = "An axis may be 1; see the docstring for fewer axes."
+        if shape == (b, i, j) and not batch_dim and not self._unbatched:
+            advice = f"One per batch entry is {name}[:, None]."
+        elif shape == (i, j) and is_mask and not self._unbatched:
+            advice = f"One for every batch entry is {name}[None{', None' * (not self._merged)}]."
+        if self._merged:
+            if len(shape) == 2 and is_mask:
+                _check.broadcasts(name, x, (b, j), "(bh, j)", advice)
+                return shape[0], 1, 1, shape[1]
+            axes = "(bh, i, j)" if is_mask else "(bh, i, j) or (i, j)"
+            _check.broadcasts(name, x, (b, i, j), axes, advice)
+            padded = (1,) * (3 - len(shape)) + shape
+            return padded[0], 1, *padded[1:]
+        if self.layout == "heads_first" and is_mask and len(shape) == 2 and self.rank == 4:
+            _check.broadcasts(name, x, (b, j), "(b, j)", advice)
+            return shape[0], 1, 1, shape[1]
+        if self._unbatched:
+            _check.broadcasts(name, x, (i, j), "(j,) or (i, j)" if is_mask else "(i, j)", advice)
+        if batch_dim and len(shape) == 3:
+            _check.broadcasts(name, x, (b, i, j), "(b, i, j)", advice)
+            return shape[0], 1, *shape[1:]
+        _check.broadcasts(name, x, (b, h, i, j), "(b, h, i, j)", advice)
+        return (1,) * (4 - len(shape)) + shape  # pyright: ignore[reportReturnType]
+
+    @property
+    def _merged(self) -> bool:
+        return self.layout == "heads_first" and self.rank == 3
+
+    @property
+    def _unbatched(self) -> bool:
+        return self.layout == "heads_first" and self.rank == 2
+
+    # --- per token ---
+
+    def per_token(self, sizes: dict[str, int]) -> dict[str, Term]:
+        """Lengths, segment ids and the offset of the diagonal."""
+        terms: dict[str, Term] = {}
+        batch = sizes["batch"]
+        for canonical, length in (("q_lengths", sizes["q_len"]), ("kv_lengths", sizes["k_len"])):
+            x = self.options.get(canonical)
+            if x is not None:
+                name = self.name(canonical)
+                _check.integer(name, x)
+                shapes = {(batch,)} | ({()} if batch == 1 else set())
+                advice = "Pass one length per batch entry."
+                _check.shape_is(name, x, shapes, f"(batch,) = {(batch,)}", advice)
+                _check.lengths_within(name, x, length)
+                terms[canonical] = (x, (batch,), "int32")
+        terms |= self._segments(sizes)
+        offset = self.options.get("q_offset")
+        if isinstance(offset, int) and not isinstance(offset, bool):
+            _check.offset_within("q_offset", offset)
+        elif offset is not None:
+            if isinstance(offset, (bool, float)):
+                got, advice = _check.shown(offset), "Pass a Python int."
+                requirement = "be an integer or an integer array"
+                _check.fail("q_offset", requirement, got, advice, TypeError)
+            _check.integer("q_offset", offset)
+            shapes = {(): (1, 1), (batch,): (batch, 1), (1,): (1, 1)}
+            shapes |= {(b, sizes["q_len"]): (b, sizes["q_len"]) for b in (1, batch)}
+            meaning = f"(), (batch,) = {(batch,)} or (batch, q_len) = {(batch, sizes['q_len'])}"
+            advice = "Pass one for all, one per batch entry or one per query."
+            _check.shape_is("q_offset", offset, shapes, meaning, advice)
+            _check.offset_within("q_offset", offset)
+            terms["q_offset"] = (offset, shapes[tuple(offset.shape)], "int32")
+        return terms
+
+    def _segments(self, sizes: dict[str, int]) -> dict[str, Term]:
+        pair = [self.options.get(name) for name in ("q_segment_ids", "kv_segment_ids")]
+        if all(x is None for x in pair):
+            return {}
+        terms: dict[str, Term] = {}
+        both = ("q_segment_ids", "kv_segment_ids")
+        for name, x, length in zip(both, pair, (sizes["q_len"], sizes["k_len"]), strict=True):
+            other = both[1 - both.index(name)]
+            if x is None:
+                _check.fail(
+                    name,
+                    f"come with `{other}`",
+                    "None",
+                    "Pass the same ids twice for self-attention.",
+                )
+            _check.integer(name, x)
+            shapes = {(length,), (1, length), (sizes["batch"], length)}
+            if sizes["batch"] > 1:
+                shapes -= {(length,)}
+            meaning = f"(batch, length) = {(sizes['batch'], length)}"
+            advice = "Pass one id per token; those that all batch entries share are ids[None]."
+            _check.shape_is(name, x, shapes, meaning, advice)
+            _check.fits_int32(name, x)
+            terms[name] = (x, ((1,) * (2 - len(x.shape))) + tuple(x.shape), "int32")
+        return terms
+
+    # --- per head ---
+
+    def per_head(self, sizes: dict[str, int]) -> dict[str, Term]:
+        """Sinks and ALiBi slopes."""
+        terms: dict[str, Term] = {}
+        heads = sizes["heads"]
+        for name in ("sinks", "alibi_slopes"):
+            x = self.options.get(name)
+            if x is not None:
+                _check.floating(name, x)
+                shapes = {(heads,), (1,), ()}
+                _check.shape_is(
+                    name, x, shapes, f"(heads,) = {(heads,)}", "Pass one entry per head."
+                )
+                terms[name] = (x, (heads,) if x.shape == (heads,) else (1,), _check.dtype_name(x))
+        return terms
+
+    def scale(
+        self, default: float | None, sizes: dict[str, int]
+    ) -> tuple[float | None, dict[str, Term]]:
+        """The scale as a number, or as an array per head."""
+        x: Any = self.options.get("scale")
+        if x is None:
+            return (sizes["dim"] ** -0.5 if default is None else default), {}
+        name = self.name("scale")
+        if isinstance(x, (bool, int, float, np.generic)):
+            return _check.number(name, x), {}
+        if isinstance(x, (str, complex)):
+            got = _check.shown(x)
+            _check.fail(name, "be a number or an array", got, "Pass a Python float.", TypeError)
+        _check.floating(name, x)
+        heads = sizes["heads"]
+        shapes = {
+            (): (1,),
+            (1,): (1,),
+            (heads,): (heads,),
+            (heads, 1, 1): (heads,),
+            (1, heads, 1, 1): (heads,),
+        }
+        meaning = f"() or (heads,) = {(heads,)}"
+        _check.shape_is(name, x, shapes, meaning, "Pass one for all or one per head.")
+        _check.finite(name, x)
+        return None, {"scale": (x, shapes[tuple(x.shape)], _check.dtype_name(x))}
+
+    # --- the rest ---
+
+    def dropout_key(self, *, needed: bool) -> Term | None:
+        """The key, which dropout needs; a rate of 0 leaves it unused."""
+        key = self.options.get("dropout_key")
+        if key is None and needed:
+            _check.fail(
+                "dropout_key",
+                "be given when `dropout_rate` is over 0",
+                "None",
+                "Pass jax.random.key(seed).",
+            )
+        if key is None:
+            return None
+        _check.array("dropout_key", key, "Pass jax.random.key(seed).")
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        raw = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+        if not (typed and key.shape == ()) and not raw:
+            _check.fail(
+                "dropout_key",
+                "be one JAX random key",
+                _check.shown(key),
+                "Pass jax.random.key(seed).",
+                TypeError,
+            )
+        return key, (2,), "uint32"
+
+    def block(self, name: str) -> int | None:
+        """A block size."""
+        x, advice = self.options.get(name), "Use None for the library's choice."
+        return None if x is None else _check.whole(self.name(name), x, least=1, advice=advice)

@@ -1,0 +1,281 @@
+"""The text that the demo and the training read: any file or folder, as one memory-mapped array."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import os
+import shutil
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+__all__ = ["InputError", "Text", "byte_entropy", "load_text", "replacing"]
+
+DEFAULT_FILE = Path("data/enwik8.gz")
+VALID_FRACTION = 20  # one part in 20 is held out, as is usual for enwik8
+SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+class InputError(ValueError):
+    """What a command line function was given cannot be used; its message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text as bytes on disk, its last part held out for validation.
+
+    Attributes:
+        source: where it came from, in words.
+        train: (n,) uint8, memory-mapped.
+        valid: (m,) uint8, memory-mapped.
+        fingerprint: tells texts apart, wherever they lie.
+    """
+
+    source: str
+    train: UInt8[np.ndarray, " n"]
+    valid: UInt8[np.ndarray, " m"]
+    fingerprint: str
+
+    def batch(
+        self, *, seed: int, step: int, batch: int, seq_len: int
+    ) -> Int[np.ndarray, "batch length"]:
+        """Random stretches of the training text, a function of `seed` and `step` alone.
+
+        Args:
+            seed: the run's seed.
+            step: the step that this batch is for, from 0.
+            batch: number of stretches.
+            seq_len: tokens that the model reads in each.
+
+        Returns:
+            (batch, seq_len + 1) int32: what is read, and one byte more to predict.
+        """
+        random = np.random.default_rng((seed, step))
+        starts = random.integers(0, len(self.train) - seq_len, size=batch)
+        return np.stack([self.train[s : s + seq_len + 1] for s in starts]).astype(np.int32)
+
+    def validation(self, *, windows: int, seq_len: int) -> Int[np.ndarray, "w length"]:
+        """At most `windows` stretches at even distances over the held-out text.
+
+        Args:
+            windows: how many are wanted; a short text gives fewer, so that they do not overlap.
+            seq_len: tokens that the model reads in each.
+
+        Returns:
+            (w, seq_len + 1) int32 with 1 <= w <= windows.
+        """
+        count = max(1, min(windows, (len(self.valid) - 1) // seq_len))
+        starts = np.linspace(0, len(self.valid) - seq_len - 1, count).astype(np.int64)
+        return np.stack([self.valid[s : s + seq_len + 1] for s in starts]).astype(np.int32)
+
+
+def load_text(data: str | os.PathLike[str] | None, *, cache: Path, seq_len: int) -> Text:
+    """Opens a text without reading it whole.
+
+    A plain file is mapped where it lies. A .gz file and a folder are written once as a flat file
+    into `cache`, and found there as long as their sizes and dates stay.
+
+    Args:
+        data: a file, a .gz file, or a folder, whose text files are read in the order of their
+            paths. `None` means data/enwik8.gz where that exists, and otherwise the source of
+            Python's standard library.
+        cache: folder for flat copies.
+        seq_len: the least length that the training part and the held-out part must have.
+
+    Returns:
+        The text; its last twentieth is held out.
+
+    Raises:
+        InputError: no such file, one that cannot be read, or a text that is too short.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "text.txt").write_bytes(b"to be or not to be, " * 100)
+        >>> text = load_text(folder / "text.txt", cache=folder, seq_len=16)
+        >>> len(text.train), len(text.valid)
+        (1900, 100)
+    """
+    try:
+        source, path = _find(data, cache)
+        size = path.stat().st_size
+        if size < 2 * (seq_len + 1):
+            raise InputError(
+                f"`--data` must hold at least {2 * (seq_len + 1)} bytes with --seq-len {seq_len}, "
+                f"got {size} in {source}. Give a longer text or a smaller --seq-len."
+            )
+        flat = np.memmap(path, np.uint8, mode="r")
+    except OSError as error:
+        raise InputError(
+            f"`--data` must be readable, got {error.filename or data}: {error.strerror or error}. "
+            "Check the path and its permissions."
+        ) from error
+    held_out = max(size // VALID_FRACTION, seq_len + 1)
+    return Text(source, flat[:-held_out], flat[-held_out:], _fingerprint(flat))
+
+
+def byte_entropy(data: UInt8[np.ndarray, "..."] | Int[np.ndarray, "..."]) -> float:
+    """Bits per byte of the best model that knows how often each byte occurs, and nothing more.
+
+        H = -sum_b p(b) * log2(p(b)),        p(b) = count(b) / n
+
+    No code that ignores the order of the bytes needs fewer bits for `data`.
+
+    Args:
+        data: integers in [0, 256), any shape, at least one.
+
+    Returns:
+        The entropy of order 0, in bits.
+
+    Example:
+        >>> byte_entropy(np.frombuffer(b"aabc", np.uint8))
+        1.5
+    """
+    counts = np.bincount(np.ravel(data), minlength=256)
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well, and else goes.
+
+    Whenever the process is killed, `path` is what it was before, or whole.
+
+    Args:
+        path: the file to write or to replace; its folder is made where it is missing.
+
+    Yields:
+        The file, open for writing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "notes"
+        >>> with replacing(path) as file:
+        ...     _ = file.write(b"all of it")
+        >>> path.read_bytes()
+        b'all of it'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _find(data: str | os.PathLike[str] | None, cache: Path) -> tuple[str, Path]:
+    """The text in words, and the flat file that holds it."""
+    if data is None and not DEFAULT_FILE.is_file():
+        folder = Path(sysconfig.get_path("stdlib"))
+        files = list(_files(folder, cache, suffix=".py"))
+        return f"Python's standard library ({folder})", _join(files, folder, cache)
+    path = DEFAULT_FILE if data is None else Path(data)
+    if path.is_dir():
+        files = list(_files(path, cache))
+        if not files:
+            raise InputError(
+                f"`--data` must be a text or a folder with texts, got {path} without any. "
+                "Give another folder."
+            )
+        return f"{len(files)} files in {path}", _join(files, path, cache)
+    if not path.is_file():
+        raise InputError(
+            f"`--data` must be a file or a folder that exists, got {path}. "
+            "Leave it out to read Python's standard library."
+        )
+    if not path.stat().st_size:
+        raise InputError(f"`--data` must hold text, got {path} with 0 bytes. Give another file.")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return str(path), _unpack(path, cache)
+    if magic == b"PK\x03\x04":
+        raise InputError(
+            f"`--data` must be a text, a .gz file or a folder, got the zip archive {path}. "
+            "Unzip it first."
+        )
+    return str(path), path
+
+
+def _files(folder: Path, cache: Path, suffix: str = "") -> Iterator[Path]:
+    """The text files under `folder`, sorted by path, without tests, caches and hidden ones."""
+    for root, folders, names in os.walk(folder):
+        # Sorted while walking: a folder's files first, then its folders, on every machine.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in SKIPPED_FOLDERS
+            and not name.startswith(".")
+            # The flat copies must not become part of the next text.
+            and (Path(root) / name).resolve() != cache.resolve()
+        )
+        for name in sorted(names):
+            path = Path(root) / name
+            if name.startswith(".") or not name.endswith(suffix) or not path.is_file():
+                continue
+            with path.open("rb") as file:
+                head = file.read(8192)
+            if head and b"\0" not in head:  # how git tells texts from other files
+                yield path
+
+
+def _join(files: list[Path], folder: Path, cache: Path) -> Path:
+    """One flat file with the contents of `files` one after another."""
+
+    def copy(target: BinaryIO) -> None:
+        for path in files:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, target)
+
+    return _cached(files, folder, cache, copy)
+
+
+def _unpack(path: Path, cache: Path) -> Path:
+    """One flat file with the contents of a .gz file."""
+
+    def copy(target: BinaryIO) -> None:
+        try:
+            with gzip.open(path, "rb") as source:
+                shutil.copyfileobj(source, target)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(
+                f"`--data` must be a whole .gz file, got {path}: {error}. Fetch it again."
+            ) from error
+
+    return _cached([path], path.parent, cache, copy)
+
+
+def _cached(
+    files: list[Path], folder: Path, cache: Path, write: Callable[[BinaryIO], None]
+) -> Path:
+    """The flat file for `files` in `cache`, written if it is not there yet."""
+    stats = [(path, path.stat()) for path in files]
+    key = repr([(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p, s in stats])
+    target = cache / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    if target.is_file():
+        return target
+    with replacing(target) as file:
+        write(file)
+    return target
+
+
+def _fingerprint(flat: UInt8[np.ndarray, " n"]) -> str:
+    """A digest of the length and of 64 samples: quick for any length."""
+    digest = hashlib.sha256(str(len(flat)).encode())
+    for start in np.linspace(0, max(0, len(flat) - 4096), 64).astype(np.int64):
+        digest.update(flat[start : start + 4096].tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,44 @@
+"""What every test runs under: strict promotion, float64 for the oracle, fixed seeds.
+
+Float64 is on throughout, so a test names the dtype of each array it makes.
+"""
+
+import os
+import zlib
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update(
+        "jax_num_cpu_devices", 4
+    )  # so that pmap and shard_map have what to shard over
+
+# Annotations are executed below the front: what arrives there has been checked, so a wrong shape is
+# a bug of the library. At the front it is the user's, and meets the library's own error.
+BELOW_THE_FRONT = ["_masks", "_dropout", "_logits", "_online", "_similarity", "_tiles"]
+BELOW_THE_FRONT += ["_varying", "_dense", "_blocked", "_checkpointed", "kernels"]
+install_import_hook(
+    [f"flash_attention_jax.{name}" for name in BELOW_THE_FRONT], "beartype.beartype"
+)
+
+# Compiling makes single examples slow and the first one slowest, so there is no deadline.
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone: not on its order, nor on its worker."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip(f"needs an NVIDIA GPU that JAX can use; JAX's devices here are {jax.devices()}")

@@ -1,0 +1,234 @@
+"""The package as a whole: what importing it does, who may import whom, what is installed."""
+
+import ast
+import graphlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "flash_attention_jax"
+OPTIONAL = ("flax", "optax", "tqdm", "torch", "jax_triton", "triton", "matplotlib")
+
+# From the bottom up; a module imports from its own layer and those below it. A module that is not
+# here is at the top: a shell, or a function of the public face.
+LAYERS = [
+    ["_call", "_types", "_varying", "_optional"],
+    ["_masks", "_dropout", "_check", "_logits", "_online", "_similarity", "_tiles"],
+    ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
+    ["_dispatch"],
+    ["_read", "_front"],
+    ["_attention", "_cosine", "_plain", "_explain", "_merge"],
+]
+LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+TOP = len(LAYERS)
+
+# Public module -> the optional packages without which it cannot be imported.
+SHELLS = {
+    "linen": ["flax"],
+    "nnx": ["flax"],
+    "torch": ["torch"],
+    "train": ["flax", "optax", "tqdm"],
+    "transformer": ["flax"],
+}
+
+# Module name -> file; the kernels are reached through the link, so by the name they import as.
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in (PACKAGE, f"{PACKAGE}/kernels")
+    for path in sorted((ROOT / folder).glob("*.py"))
+}
+
+
+def part(module: str) -> str:
+    """The word that names a module's layer: `_dense`, `kernels`; "" for the package itself."""
+    return module.removeprefix(PACKAGE).lstrip(".").split(".")[0]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """The modules of this package that a file imports anywhere in it, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in inside]
+        else:
+            continue
+        yield from (
+            (node.lineno, name)
+            for name in names
+            if name == PACKAGE or name.startswith(PACKAGE + ".")
+        )
+
+
+def run(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter whose first place to look for modules is `cwd`."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+ABSENT = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
+BROKEN = "raise AttributeError('made for another jax')"
+
+
+def fakes(folder: Path, body: str, *packages: str) -> str:
+    """Puts packages with this body before the installed ones; returns the PYTHONPATH for them."""
+    for package in packages:
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text(body, encoding="utf-8")
+    return str(folder)
+
+
+def test_import_loads_no_optional_package():
+    done = run(f"import sys, {PACKAGE}; print(*(set({OPTIONAL}) & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_import_initialises_no_backend():
+    # With a platform that does not exist, whatever asks for a device raises.
+    done = run(
+        f"import jax, {PACKAGE}\n"
+        "try: jax.devices()\n"
+        "except RuntimeError: print('imported before any device')",
+        JAX_PLATFORMS="no_such_platform",
+    )
+    assert done.stdout.strip() == "imported before any device", done.stderr
+
+
+def test_import_works_where_only_the_cpu_is_allowed():
+    done = run(f"import jax, {PACKAGE}; print(jax.default_backend())", JAX_PLATFORMS="cpu")
+    assert done.stdout.strip() == "cpu", done.stderr
+
+
+@pytest.mark.parametrize("body", [ABSENT, BROKEN], ids=["absent", "broken"])
+def test_import_works_without_the_optional_packages(body, tmp_path):
+    done = run(f"import {PACKAGE}", PYTHONPATH=fakes(tmp_path, body, *OPTIONAL))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "package"),
+    [
+        (shell, package)
+        for shell, packages in SHELLS.items()
+        for package in packages
+        if f"{PACKAGE}.{shell}" in MODULES
+    ],
+)
+def test_shell_without_its_package_says_what_to_install(shell, package, tmp_path):
+    done = run(
+        f"import {PACKAGE}\n"
+        f"try: import {PACKAGE}.{shell}\n"
+        "except ImportError as error: print(error)",
+        PYTHONPATH=fakes(tmp_path, ABSENT, package),
+    )
+    assert package in done.stdout, done.stderr
+    assert "pip install" in done.stdout
+    assert "flash-attention-jax[" in done.stdout
+
+
+@pytest.mark.parametrize("shell", [s for s in SHELLS if f"{PACKAGE}.{s}" in MODULES])
+def test_shell_with_a_broken_package_gives_the_reason(shell, tmp_path):
+    package = SHELLS[shell][0]
+    done = run(
+        f"try: import {PACKAGE}.{shell}\nexcept ImportError as error: print(error)",
+        PYTHONPATH=fakes(tmp_path, BROKEN, package),
+    )
+    assert package in done.stdout, done.stderr
+    assert "made for another jax" in done.stdout
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_absolute(module):
+    relative = [
+        node.lineno
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    mine = part(module)
+    wrong = [
+        f"{MODULES[module].name}:{line} imports {other}"
+        for line, other in imported(MODULES[module])
+        if LEVEL.get(part(other), TOP) > LEVEL.get(mine, TOP)
+        # Engines are siblings; the files of one are not.
+        or (mine in ENGINES and part(other) in ENGINES and part(other) != mine)
+    ]
+    assert wrong == []
+
+
+def test_imports_make_no_circle():
+    graph = {module: {other for _, other in imported(path)} for module, path in MODULES.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_kernels_are_the_folder_at_the_top():
+    done = run(f"import {PACKAGE}.kernels as kernels; print(kernels.__name__, kernels.__file__)")
+    name, file = done.stdout.split()
+    assert name == f"{PACKAGE}.kernels"
+    assert Path(file).resolve() == ROOT / "kernels" / "__init__.py"
+
+
+def test_kernels_refuse_any_other_name():
+    done = run("import kernels")
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: This folder must be imported as `flash_attention_jax.kernels`, "
+        "got `kernels`. Write `import flash_attention_jax.kernels`."
+    )
+
+
+@pytest.fixture(scope="module")
+def distribution() -> importlib.metadata.Distribution:
+    # Not what an old build may have left in the checkout, which is on the path too.
+    installed = {"name": "flash-attention-jax", "path": [sysconfig.get_path("purelib")]}
+    for found in importlib.metadata.distributions(**installed):
+        return found
+    pytest.skip("needs flash-attention-jax to be installed: `pip install -e .`, or `make test`")
+
+
+def test_installed_version_is_ours(distribution):
+    assert distribution.version == "1.0.0.dev0"
+    assert distribution.metadata["Requires-Python"] == ">=3.11"
+    assert distribution.metadata["License-Expression"] == "MIT"
+
+
+def test_plain_install_is_light(distribution):
+    core = {need.split(">")[0] for need in distribution.requires or [] if "extra ==" not in need}
+    assert core == {"jax", "jaxlib", "jaxtyping", "numpy"}
+
+
+def test_no_requirement_has_an_upper_bound(distribution):
+    specifiers = [need.split(";")[0] for need in distribution.requires or []]
+    assert [need for need in specifiers if "<" in need or "==" in need or "~=" in need] == []
+
+
+def test_command_is_installed(distribution):
+    (command,) = distribution.entry_points.select(group="console_scripts")
+    assert (command.name, command.value) == ("flash-attention-jax", f"{PACKAGE}.__main__:main")
+
+
+def test_installed_package_brings_the_kernels(distribution, tmp_path):
+    done = run(f"import {PACKAGE}.kernels as kernels; print(kernels.__name__)", cwd=tmp_path)
+    assert done.stdout.strip() == f"{PACKAGE}.kernels", done.stderr

@@ -1,0 +1,565 @@
+"""Training, its checkpoints and its texts, by way of the commands where it can be."""
+
+import dataclasses
+import gzip
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flash_attention_jax import _saving, data, train
+from flash_attention_jax.data import Text, byte_entropy, load_text
+from flash_attention_jax.transformer import CausalTransformer, generate
+
+PATTERN = b"the quick brown fox jumps over the lazy dog; "
+SMALL = ["--dim", "32", "--depth", "1", "--heads", "1", "--seq-len", "16", "--batch", "4"]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(PATTERN * 100)
+    return path
+
+
+def options(text_file, out, *more, steps=6):
+    # The number of steps is a part of the configuration: another one compiles again.
+    return ["--data", str(text_file), "--out", str(out), *SMALL, "--steps", str(steps), *more]
+
+
+def config_of(text, **changes):
+    values = {
+        "data": f"text {text.fingerprint}",
+        "similarity": "dot",
+        "attention": "auto",
+        "dtype": "float32",
+        "dim": 32,
+        "depth": 1,
+        "heads": 1,
+        "seq_len": 16,
+        "batch": 4,
+        "steps": 6,
+        "lr": 2e-3,
+        "seed": 0,
+    }
+    return train.Config(**{**values, **changes})
+
+
+def losses_in(out):
+    """The losses that the checkpoint of a run holds."""
+    payload = (out / "checkpoint.msgpack").read_bytes()[len(_saving.MAGIC) :].split(b"\n", 1)[1]
+    state = _saving.serialization.msgpack_restore(payload)
+    return state["losses"][: state["step"]]
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_loss_falls_below_that_of_byte_frequencies(text_file, tmp_path, capsys, similarity):
+    argv = options(text_file, tmp_path, "--similarity", similarity, "--lr", "1e-2", steps=60)
+    assert train.train_main(argv) == 0
+    losses = losses_in(tmp_path)
+    assert len(losses) == 60
+    assert losses[0] > 7
+    printed = capsys.readouterr().out
+    order0, bits = (float(x) for x in re.findall(r"^  (\d+\.\d+)  ", printed, re.MULTILINE))
+    assert order0 == pytest.approx(byte_entropy(np.frombuffer(PATTERN, np.uint8)), abs=0.1)
+    assert bits < order0 - 1
+    assert losses[-1] == pytest.approx(bits, abs=0.5)
+
+
+def test_commands_say_which_text_and_show_a_sample(text_file, tmp_path, capsys):
+    assert train.train_main(options(text_file, tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert f"text: {text_file}, 4,500 bytes: 4,275 to train, 225 to validate" in printed.out
+    sample = printed.out.split("a sample; the text before the bar was given:\n\n")[1]
+    given, drawn = sample.split("|", 1)
+    assert given.encode() in PATTERN * 2
+    assert drawn
+    assert "bits/byte" in printed.err
+
+
+def test_dense_and_blocked_attention_give_the_same_losses(text_file, tmp_path):
+    for attention in ("dense", "blocked"):
+        argv = options(text_file, tmp_path / attention, "--attention", attention)
+        assert train.train_main(argv) == 0
+    np.testing.assert_allclose(
+        losses_in(tmp_path / "dense"), losses_in(tmp_path / "blocked"), rtol=1e-5
+    )
+
+
+def test_bfloat16_trains_with_parameters_in_float32(text_file, tmp_path):
+    text = load_text(text_file, cache=tmp_path, seq_len=16)
+    config = config_of(text, dtype="bfloat16")
+    state = train.fit(config, text, tmp_path / "checkpoint.msgpack")
+    assert {x.dtype.name for x in jax.tree.leaves(state["params"])} == {"float32"}
+    reference = train.fit(config_of(text), text, tmp_path / "checkpoint.msgpack")
+    assert (state["losses"] != reference["losses"]).any()
+    np.testing.assert_allclose(state["losses"], reference["losses"], rtol=0.02)
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process a signal while the batch of `step` is made."""
+    batch = Text.batch
+
+    def interrupting(self, **kwargs):
+        if kwargs["step"] == step:
+            signal.raise_signal(number)
+        return batch(self, **kwargs)
+
+    monkeypatch.setattr(Text, "batch", interrupting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_resumes_with_the_same_losses(
+    text_file, tmp_path, monkeypatch, capsys, number
+):
+    assert train.train_main(options(text_file, tmp_path / "whole")) == 0
+    argv = options(text_file, tmp_path / "parts")
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, number)
+        capsys.readouterr()
+        assert train.train_main(argv) == 130
+    assert signal.getsignal(number) is handler
+    printed = capsys.readouterr().out
+    assert f"Interrupted at step 3 of 6, saved in {tmp_path}/parts/checkpoint.msgpack." in printed
+    assert len(losses_in(tmp_path / "parts")) == 3
+
+    command = shlex.split(printed.split("To go on: ")[1].strip())
+    assert command[1:4] == ["-m", "flash_attention_jax", "train"]
+    assert command[4:] == [*argv, "--resume"]
+    assert train.train_main(command[4:]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    np.testing.assert_array_equal(losses_in(tmp_path / "parts"), losses_in(tmp_path / "whole"))
+
+
+def test_interrupted_report_says_how_to_get_it(text_file, tmp_path, monkeypatch, capsys):
+    argv = options(text_file, tmp_path)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert train.train_main(argv) == 130
+    assert "Interrupted at step 6 of 6, saved in" in capsys.readouterr().out
+    assert train.train_main([*argv, "--resume"]) == 0
+
+
+def test_second_interrupt_acts_at_once(text_file, tmp_path, monkeypatch):
+    batch = Text.batch
+
+    def interrupting(self, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return batch(self, **kwargs)
+
+    monkeypatch.setattr(Text, "batch", interrupting)
+    # A shell's background job is started with SIGINT ignored, and "as ever" would be to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train.train_main(options(text_file, tmp_path)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "checkpoint.msgpack").exists()
+
+
+def test_finished_run_resumes_to_its_report(text_file, tmp_path, capsys):
+    argv = options(text_file, tmp_path)
+    assert train.train_main(argv) == 0
+    first = capsys.readouterr().out
+    assert train.train_main([*argv, "--resume"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_new_run_keeps_the_checkpoint_it_replaces(text_file, tmp_path, capsys):
+    argv = options(text_file, tmp_path)
+    assert train.train_main(argv) == 0
+    before = (tmp_path / "checkpoint.msgpack").read_bytes()
+    assert train.train_main([*argv, "--seed", "1"]) == 0
+    assert (tmp_path / "checkpoint.previous").read_bytes() == before
+    assert f"checkpoint is kept as {tmp_path}/checkpoint.previous" in capsys.readouterr().out
+
+
+def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path, config = tmp_path / "checkpoint.msgpack", {"steps": 2}
+    _saving.save(path, {"step": 1}, config)
+
+    def killed(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _saving.save(path, {"step": 2}, config)
+    assert _saving.restore(path, {"step": 0}, config) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.msgpack"]
+
+
+def test_checkpoint_of_another_configuration_is_refused(text_file, tmp_path, capsys):
+    argv = options(text_file, tmp_path)
+    assert train.train_main(argv) == 0
+    capsys.readouterr()
+    path = tmp_path / "checkpoint.msgpack"
+    assert train.train_main([*argv, "--resume", "--heads", "2"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: `--heads` must be what the checkpoint {path} was made with, 1, got 2. "
+        "Resume with the same options, or start anew with another --out.\n"
+    )
+    text_file.write_bytes(PATTERN * 101)
+    assert train.train_main([*argv, "--resume"]) == 2
+    assert re.fullmatch(
+        r"error: `--data` must be what .* was made with, text \w+, got text \w+\. .*\n",
+        capsys.readouterr().err,
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: b"", "not a checkpoint of this version"),
+        (lambda content: content[:-1], "its checksum differs"),
+        (lambda content: content[:-100] + b"x" + content[-99:], "its checksum differs"),
+        (lambda content: content[:50], "it ends too early"),
+    ],
+)
+def test_damaged_checkpoint_is_refused(text_file, tmp_path, capsys, damage, reason):
+    argv = options(text_file, tmp_path)
+    assert train.train_main(argv) == 0
+    capsys.readouterr()
+    path = tmp_path / "checkpoint.msgpack"
+    path.write_bytes(damage(path.read_bytes()))
+    assert train.train_main([*argv, "--resume"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: `--resume` must find a whole checkpoint, got {path} ({reason}). "
+        "Leave out --resume to start again.\n"
+    )
+
+
+BAD_INPUT = {
+    "missing": (
+        ["--data", "nowhere.txt"],
+        "`--data` must be a file or a folder that exists, got nowhere.txt. "
+        "Leave it out to read Python's standard library.",
+    ),
+    "empty": (
+        ["--data", "empty.txt"],
+        "`--data` must hold text, got empty.txt with 0 bytes. Give another file.",
+    ),
+    "short": (
+        ["--data", "short.txt"],
+        "`--data` must hold at least 34 bytes with --seq-len 16, got 33 in short.txt. "
+        "Give a longer text or a smaller --seq-len.",
+    ),
+    "empty gz": (
+        ["--data", "empty.gz"],
+        "`--data` must hold at least 34 bytes with --seq-len 16, got 0 in empty.gz. "
+        "Give a longer text or a smaller --seq-len.",
+    ),
+    "cut gz": (
+        ["--data", "cut.gz"],
+        "`--data` must be a whole .gz file, got cut.gz: Compressed file ended before the "
+        "end-of-stream marker was reached. Fetch it again.",
+    ),
+    "zip": (
+        ["--data", "text.zip"],
+        "`--data` must be a text, a .gz file or a folder, got the zip archive text.zip. "
+        "Unzip it first.",
+    ),
+    "folder without text": (
+        ["--data", "folder"],
+        "`--data` must be a text or a folder with texts, got folder without any. "
+        "Give another folder.",
+    ),
+    "out is a file": (
+        ["--data", "long.txt", "--out", "empty.txt"],
+        "`--out` must be a folder that can be written, got empty.txt: File exists. Choose another.",
+    ),
+    "no checkpoint": (
+        ["--data", "long.txt", "--resume"],
+        "`--resume` must find a checkpoint, got none at out/checkpoint.msgpack. "
+        "Leave out --resume to start, or give the --out of the interrupted run.",
+    ),
+    "no steps": (["--steps", "0"], "`--steps` must be at least 1, got 0. Raise it."),
+    "no batch": (["--batch", "-1"], "`--batch` must be at least 1, got -1. Raise it."),
+    "rate": (["--lr", "nan"], "`--lr` must be positive and finite, got nan. Change it."),
+    "choice": (
+        ["--similarity", "euclid"],
+        re.compile(
+            r"flash_attention_jax (demo|train): error: argument --similarity: invalid choice: "
+            r"'euclid' \(choose from '?dot'?, '?cosine'?\)"
+        ),
+    ),
+    "unknown option": (
+        ["--step", "5"],
+        re.compile(r"flash_attention_jax (demo|train): error: unrecognized arguments: --step 5"),
+    ),
+    "seed": (["--seed", "-1"], "`--seed` must be at least 0, got -1. Raise it."),
+    "diverging": (
+        ["--data", "long.txt", "--lr", "1e30"],
+        re.compile(
+            r"`--lr` must keep the loss finite, got 1e\+30 and a loss of (nan|inf) at step \d+\. "
+            r"Take a smaller one\."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_bad_input_is_one_line_and_exit_code_2(case, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_check", lambda: 0)
+    Path("empty.txt").touch()
+    Path("short.txt").write_bytes(PATTERN[:33])
+    Path("long.txt").write_bytes(PATTERN * 20)
+    Path("empty.gz").write_bytes(gzip.compress(b""))
+    Path("cut.gz").write_bytes(gzip.compress(PATTERN * 20)[:-8])
+    Path("text.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    Path("folder").mkdir()
+    Path("folder/binary").write_bytes(b"\0" * 100)
+    argv, expected = BAD_INPUT[case]
+    main = {"demo": train.demo_main, "train": train.train_main}[command]
+    assert main(["--out", "out", *SMALL, "--steps", "6", *argv]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    if isinstance(expected, str):
+        assert error == f"error: {expected}"
+    else:
+        assert expected.fullmatch(error.removeprefix("error: "))
+
+
+def test_demo_checks_first_and_stops_where_the_check_fails(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_check", lambda: 1)
+    assert train.demo_main(options(text_file, tmp_path)) == 1
+    assert not (tmp_path / "checkpoint.msgpack").exists()
+
+
+def test_byte_entropy_is_that_computed_by_hand():
+    # p = 1/2, 1/4, 1/8, 1/8:  1/2 * 1 + 1/4 * 2 + 2 * 1/8 * 3 = 1.75
+    assert byte_entropy(np.frombuffer(b"aaaabbcd", np.uint8)) == 1.75
+    assert byte_entropy(np.arange(256, dtype=np.uint8)) == 8.0
+    assert byte_entropy(np.zeros((3, 4), np.int32)) == 0.0
+
+
+def test_plain_file_is_mapped_where_it_lies(text_file, tmp_path):
+    cache = tmp_path / "cache"
+    text = load_text(text_file, cache=cache, seq_len=16)
+    assert isinstance(text.train, np.memmap)
+    assert not cache.exists()
+    assert (text.train.tobytes() + text.valid.tobytes()) == PATTERN * 100
+
+
+def test_gz_is_unpacked_once(tmp_path, monkeypatch):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(PATTERN * 100))
+    cache = tmp_path / "cache"
+    first = load_text(path, cache=cache, seq_len=16)
+    assert (first.train.tobytes() + first.valid.tobytes()) == PATTERN * 100
+    monkeypatch.setattr(data.gzip, "open", None)
+    again = load_text(path, cache=cache, seq_len=16)
+    assert again.fingerprint == first.fingerprint
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_folder_is_its_texts_in_the_order_of_their_paths(tmp_path):
+    folder = tmp_path / "folder"
+    for name, content in {
+        "b.txt": b"second ",
+        "a.txt": b"first ",
+        "sub/c.txt": b"third ",
+        "sub/image.png": b"\x89PNG\0\0",
+        ".git/config": b"hidden",
+        "tests/t.txt": b"skipped",
+        "out/text-0.bin": b"an earlier flat copy",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    text = load_text(folder, cache=folder / "out", seq_len=4)
+    assert text.train.tobytes() + text.valid.tobytes() == b"first second third "
+    assert text.source == f"3 files in {folder}"
+
+
+def test_changed_folder_is_read_again(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(PATTERN)
+    before = load_text(folder, cache=tmp_path / "cache", seq_len=4)
+    (folder / "b.txt").write_bytes(PATTERN)
+    after = load_text(folder, cache=tmp_path / "cache", seq_len=4)
+    assert len(after.train) + len(after.valid) == 2 * len(PATTERN)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_without_a_path_enwik8_is_read_where_present(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/enwik8.gz").write_bytes(gzip.compress(PATTERN * 100))
+    text = load_text(None, cache=tmp_path / "cache", seq_len=16)
+    assert text.source == "data/enwik8.gz"
+    assert text.train[: len(PATTERN)].tobytes() == PATTERN
+
+
+def test_without_enwik8_the_standard_library_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library = tmp_path / "library"
+    for name in ("ast.py", "test/support.py", "site-packages/x.py", "json/__init__.py", "a.so"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"# {name}, and more text\n")
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(library))
+    text = load_text(None, cache=tmp_path / "cache", seq_len=4)
+    assert text.source == f"Python's standard library ({library})"
+    assert text.train.tobytes() + text.valid.tobytes() == (
+        b"# ast.py, and more text\n# json/__init__.py, and more text\n"
+    )
+
+
+def test_unfinished_copy_is_not_taken_for_a_text(tmp_path, monkeypatch):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(PATTERN * 100))
+
+    def killed(source, target):
+        target.write(source.read(10))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.shutil, "copyfileobj", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load_text(path, cache=tmp_path / "cache", seq_len=16)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_batches_depend_on_seed_and_step_alone(text_file, tmp_path):
+    text = load_text(text_file, cache=tmp_path, seq_len=16)
+    sizes = {"batch": 4, "seq_len": 16}
+    first = text.batch(seed=0, step=3, **sizes)
+    assert first.shape == (4, 17)
+    assert first.dtype == np.int32
+    np.testing.assert_array_equal(first, text.batch(seed=0, step=3, **sizes))
+    assert (first != text.batch(seed=0, step=4, **sizes)).any()
+    assert (first != text.batch(seed=1, step=3, **sizes)).any()
+    assert all(bytes(row.tolist()) in PATTERN * 2 for row in first)
+
+
+def test_shortest_text_has_one_window_of_each_kind(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(PATTERN[:34])
+    text = load_text(path, cache=tmp_path, seq_len=16)
+    assert bytes(text.batch(seed=0, step=0, batch=2, seq_len=16)[1].tolist()) == PATTERN[:17]
+    windows = text.validation(windows=9, seq_len=16)
+    assert [bytes(w.tolist()) for w in windows] == [PATTERN[17:34]]
+
+
+def test_evaluation_is_the_mean_over_all_bytes_whatever_the_batch(text_file, tmp_path):
+    text = load_text(text_file, cache=tmp_path, seq_len=16)
+    config = config_of(text)
+    tokens = text.validation(windows=7, seq_len=16)
+    params = config.initial_state()["params"]
+    logits = np.asarray(config.model.apply(params, tokens[:, :-1]), np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    expected = -np.log2(np.take_along_axis(p, tokens[:, 1:, None], -1)).mean()
+    for batch in (1, 4, 7, 9):
+        bits = train.evaluate(dataclasses.replace(config, batch=batch), params, tokens)
+        assert bits == pytest.approx(expected, rel=1e-5)
+
+
+def test_model_is_causal_and_reads_the_past():
+    model = CausalTransformer(dim=32, depth=2, heads=2, dim_head=16)
+    tokens = jnp.asarray([list(b"abcdefgh")], jnp.int32)
+    params = model.init(jax.random.key(0), tokens)
+    before = model.apply(params, tokens)
+    after = model.apply(params, tokens.at[0, 4].set(0))
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert (np.abs(before[:, 4:] - after[:, 4:]).max(-1) > 1e-4).all()
+
+
+class Counter:
+    """A model that expects each token to be followed by its successor."""
+
+    def apply(self, params, tokens):
+        return 50.0 * jax.nn.one_hot((tokens + params) % 256, 256, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 20])
+def test_generation_goes_on_from_the_prompt_for_any_window(window):
+    prompt = jnp.asarray([[5, 6, 7, 8], [100, 101, 102, 103]], jnp.int32)
+    one = jnp.asarray(1, jnp.int32)
+    drawn = generate(Counter(), one, prompt, 6, key=jax.random.key(0), window=window)
+    np.testing.assert_array_equal(drawn, [np.arange(9, 15), np.arange(104, 110)])
+
+
+def test_generation_reads_the_last_tokens_of_the_window_and_no_others():
+    class Adder:
+        """Expects each token to be the sum of all that are read."""
+
+        def apply(self, params, tokens):
+            total = jnp.cumsum(tokens, axis=1, dtype=jnp.int32) % 256
+            return jax.nn.one_hot(total, 256, dtype=jnp.float32)
+
+    prompt = [3, 1, 4, 1, 5]
+    array = jnp.asarray([prompt], jnp.int32)
+    for window in (1, 3, 6, 8, 99):
+        tokens = list(prompt)
+        for _ in range(7):
+            tokens.append(sum(tokens[-window:]) % 256)
+        key = jax.random.key(0)
+        drawn = generate(Adder(), {}, array, 7, key=key, window=window, temperature=0.0)
+        assert np.asarray(drawn)[0].tolist() == tokens[5:]
+
+
+def test_top_k_and_temperature_shape_the_distribution():
+    class Fixed:
+        def apply(self, params, tokens):
+            logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2], jnp.float32))
+            return jnp.broadcast_to(logits, (*tokens.shape, 3))
+
+    prompt = jnp.zeros((500, 1), jnp.int32)
+
+    def frequencies(**options):
+        drawn = generate(Fixed(), {}, prompt, 4, key=jax.random.key(0), window=1, **options)
+        return np.bincount(np.ravel(drawn), minlength=3) / drawn.size
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.3, 0.2], atol=0.04)
+    np.testing.assert_allclose(frequencies(top_k=2), [0.625, 0.375, 0], atol=0.04)
+    squares = np.asarray([0.25, 0.09, 0.04]) / 0.38
+    np.testing.assert_allclose(frequencies(temperature=0.5), squares, atol=0.04)
+    np.testing.assert_array_equal(frequencies(temperature=0.0), [1, 0, 0])
+    np.testing.assert_array_equal(frequencies(top_k=1), [1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"prompt": jnp.zeros((1, 0), jnp.int32)},
+            "`prompt` must have shape (batch, n) with n at least 1, got (1, 0). "
+            "Start from one token at least.",
+        ),
+        ({"length": 0}, "`length` must be at least 1, got 0. Pass more."),
+        ({"window": 0}, "`window` must be at least 1, got 0. Pass more."),
+        ({"top_k": 0}, "`top_k` must be at least 1, got 0. Pass more."),
+        ({"temperature": -1.0}, "`temperature` must not be negative, got -1.0. Pass 0 or more."),
+    ],
+)
+def test_generation_refuses_what_it_cannot_do(change, message):
+    call = {"prompt": jnp.zeros((1, 1), jnp.int32), "length": 1, "key": jax.random.key(0), **change}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        generate(Counter(), jnp.asarray(1, jnp.int32), **call)
+
+
+def test_text_of_a_sample_is_safe_to_print():
+    tokens = np.frombuffer("é\x1b[2J\ta\nb".encode() + b"\xff", np.uint8)
+    assert train._printable(tokens) == "é?[2J a\nb\ufffd"
+
+
+def test_resume_command_names_this_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    for argv in (["--data", "my text"], ["--data", "my text", "--resume"]):
+        assert train._resume_command("demo", argv) == (
+            ".venv/bin/python -m flash_attention_jax demo --data 'my text' --resume"
+        )
