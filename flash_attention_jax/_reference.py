@@ -93,11 +93,14 @@ class Result:
         out: (b, h, n, e).
         lse: (b, h, n), None where the function gives none.
         gradients: By name, each of its array's shape; empty where no cotangent was given.
+        largest_logit: The largest magnitude of a finite logit before the softcap. A logit rounded
+            to `eps` moves its probability by this times `eps`.
     """
 
     out: np.ndarray
     lse: np.ndarray | None
     gradients: dict[str, np.ndarray]
+    largest_logit: float = 0.0
 
 
 def reference(
@@ -140,17 +143,19 @@ def _reference(
     b, h, n = q.shape[:3]
     out, lse = np.zeros((b, h, n, v.shape[-1])), np.full((b, h, n), -np.inf)
     gradients = rows.zeros()
+    largest = 0.0
     for at in itertools.product(range(b), range(h), range(n)):
         row = rows.forward(*at)
         out[at], lse[at] = row.out, row.lse
+        largest = max(largest, row.largest_logit)
         if cotangents is not None:
             rows.backward(gradients, at, row, cotangents[0][at], cotangents[1][at])
     if cotangents is None:
-        return Result(out, lse, {})
+        return Result(out, lse, {}, largest)
     if problem.cosine:
         gradients["q"] = _through_unit(q, gradients["q"], problem.groups)
         gradients["k"] = _through_unit(k, gradients["k"], problem.groups)
-    return Result(out, lse, gradients)
+    return Result(out, lse, gradients, largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,7 @@ class _Row:
     sink: float  # probability that the sink takes
     out: np.ndarray
     lse: float
+    largest_logit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +237,7 @@ class _Rows:
             if "bias" in options:
                 bias = options["bias"]
                 logits[n] += bias[_at(bias, b, h, i, j)]
+        largest = np.abs(logits[np.isfinite(logits)]).max(initial=0.0)
         slope = np.ones_like(logits)
         if "softcap" in options:
             capped = np.tanh(logits / options["softcap"])
@@ -244,14 +251,16 @@ class _Rows:
             factor = self.keep[b, h, i, keys] / (1 - options["dropout_rate"])
         if top == -np.inf:
             none = np.zeros(0)
-            return _Row([], none, none, none, none, 0.0, np.zeros(self.v.shape[-1]), -np.inf)
+            out = np.zeros(self.v.shape[-1])
+            return _Row([], none, none, none, none, 0.0, out, -np.inf, largest)
         total = np.exp(logits - top).sum() + np.exp(sink - top)
         lse = top + np.log(total)
         probs = np.exp(logits - lse)
         out = np.zeros(self.v.shape[-1])
         for n, j in enumerate(keys):
             out += probs[n] * factor[n] * self.v[b, g, j]
-        return _Row(keys, similarity, slope, probs, factor, float(np.exp(sink - lse)), out, lse)
+        share = float(np.exp(sink - lse))
+        return _Row(keys, similarity, slope, probs, factor, share, out, lse, largest)
 
     def backward(
         self,

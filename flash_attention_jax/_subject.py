@@ -216,7 +216,8 @@ class Subject:
         """Compare with the reference: out, lse where asked for, and every gradient.
 
         An error may be twice that of the plain formula computed by XLA in the same dtype
-        (`attention`), plus a few units in the last place of the accumulator.
+        (`attention`), plus a few units in the last place of the accumulator, and of the largest
+        logit: rounded there, it moves a probability by as much relative to its size.
 
         Raises:
             Failure: With what differs, by how much, and what was allowed.
@@ -231,6 +232,7 @@ class Subject:
         growth = 1 / (1 - problem.options.get("dropout_rate", 0.0))
         unit = float(jnp.finfo(dtype).eps)
         eps = min(unit, float(jnp.finfo(jnp.float32).eps))
+        floor = (16 + 2 * expected.largest_logit) * eps
         problems = []
         for name, have, want in _pairs(got, expected):
             if have.shape != want.shape:
@@ -238,7 +240,7 @@ class Subject:
             size = np.where(np.isfinite(want), np.abs(want), 0).max(initial=1.0)
             # The plain formula may round, but not be wrong: it shares code with the engines.
             plain_error = min(errors.get(name, 0.0), size * min(1000 * unit, 0.1))
-            allowed = 2 * growth * plain_error + 16 * eps * size
+            allowed = 2 * growth * plain_error + floor * size
             off = difference(have, want)
             if not off <= allowed:
                 problems.append(f"{name} is off by {off:.2g} (allowed {allowed:.2g})")
