@@ -74,9 +74,9 @@ def _plan(call: Call, *, sums_queries: bool) -> Plan:
     A narrow window gets blocks narrower than itself: larger ones would mostly be masked.
     """
     if call.platform == "cpu":
-        # Larger blocks where all of them are visited whole, smaller ones along a diagonal.
+        # Where no diagonal is followed, longer rows: fewer passes over the accumulator.
         wide = not (sums_queries or call.banded)
-        block_q, block_kv, elements = (1024, 1024, 2**20) if wide else (512, 512, 2**18)
+        block_q, block_kv, elements = (1024, 2048, 2**21) if wide else (1024, 1024, 2**20)
     else:
         block_q, block_kv, elements = 512, 512, 2**25
     left, right = _masks.band(call)

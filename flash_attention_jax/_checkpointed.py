@@ -79,26 +79,29 @@ def _tile(steps: Plan, step: jax.Array, key_block: Any) -> Tile:
 
 
 def _attend_rows(
-    arrays: Arrays, steps: Plan, visits: _masks.Visits, step: jax.Array
+    arrays: Arrays, steps: Plan, visits: _masks.Visits, number: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One block of queries against the keys that it sees: out (b, h, r, i, e), lse (b, h, r, i)."""
     call = steps.call
-    tile = _tile(steps, step, 0)
+    tile = _tile(steps, number, 0)
     q = _online.queries(call, arrays, tile)
     masked = not visits.all_full
-    codes = visits.codes(tile, step % steps.queries.count, None) if masked else None
+    codes = visits.codes(tile, number % steps.queries.count, None) if masked else None
 
+    # The branch lies inside: a checkpoint inside a branch would keep all of k and v for each step.
     @jax.checkpoint
     def visit(
         arrays: Arrays, q: jax.Array, index: jax.Array, carry: _online.Carry
     ) -> _online.Carry:
-        return _online.step(call, arrays, _tile(steps, step, index), q, carry, masked=masked)
+        def step(carry: _online.Carry) -> _online.Carry:
+            return _online.step(call, arrays, _tile(steps, number, index), q, carry, masked=masked)
+
+        if codes is None:
+            return step(carry)
+        return lax.cond(codes[index] == _masks.EMPTY, lambda carry: carry, step, carry)
 
     def key_block(carry: _online.Carry, index: jax.Array) -> tuple[_online.Carry, None]:
-        if codes is None:
-            return visit(arrays, q, index, carry), None
-        empty = codes[index] == _masks.EMPTY
-        return lax.cond(empty, lambda c: c, lambda c: visit(arrays, q, index, c), carry), None
+        return visit(arrays, q, index, carry), None
 
     carry = _online.start(call, tile, q)
     if call.k_len:

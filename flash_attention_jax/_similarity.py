@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -24,13 +25,42 @@ def l2norm(x: Any, groups: int = 1) -> Any:
     gradient leaves where nothing sees it.
     """
     wide = x.astype(np.promote_types(x.dtype, np.float32)).reshape(*x.shape[:-1], groups, -1)
-    square = (wide * wide).sum(axis=-1, keepdims=True)
-    finite = jnp.isfinite(square)
-    wide = jnp.where(finite & (square != 0), wide, jnp.zeros((), wide.dtype))
-    square = (wide * wide).sum(axis=-1, keepdims=True)
-    unit = wide * lax.rsqrt(jnp.where(square == 0, jnp.ones_like(square), square))
-    unit = jnp.where(finite, unit, jnp.full((), jnp.nan, unit.dtype))
-    return unit.reshape(x.shape).astype(x.dtype)
+    return _unit(wide).reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _unit(x: jax.Array) -> jax.Array:
+    return x * _inverse_norm(x, jnp.nan)
+
+
+@_unit.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """du = (dx - u (u . dx)) / |x|, the part of dx across x."""
+    (x,), (dx,) = primals, tangents
+    finite = jnp.isfinite(_square(x))
+    safe = jnp.where(finite, x, jnp.zeros_like(x))
+    unit = _unit(safe)
+    across = dx - unit * _dot(unit, dx)
+    du = across * _inverse_norm(safe, 0.0)
+    return jnp.where(finite, unit, jnp.full_like(unit, jnp.nan)), du
+
+
+def _inverse_norm(x: jax.Array, otherwise: float) -> jax.Array:
+    """1 / |x|, 0 for a zero vector, and `otherwise` for one that is not finite."""
+    square = _square(x)
+    zero = square == 0
+    inverse = lax.rsqrt(jnp.where(zero, jnp.ones_like(square), square))
+    inverse = jnp.where(zero, jnp.zeros_like(square), inverse)
+    return jnp.where(jnp.isfinite(square), inverse, jnp.full_like(square, otherwise))
+
+
+def _square(x: jax.Array) -> jax.Array:
+    return _dot(x, x)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    # As a product and not a sum: XLA's CPU code for it takes half the time.
+    return jnp.einsum("...d,...d->...", x, y, precision=lax.Precision.HIGHEST)[..., None]
 
 
 def normalised(call: Call, arrays: Arrays) -> Arrays:
