@@ -35,7 +35,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 @_unit.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """du = (dx - u (u . dx)) / |x|, the part of dx across x."""
+    """Tangent of the unit vector u: (dx - u (u . dx)) / |x|, the part of dx across x."""
     (x,), (dx,) = primals, tangents
     finite = jnp.isfinite(_square(x))
     safe = jnp.where(finite, x, jnp.zeros_like(x))
