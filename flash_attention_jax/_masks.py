@@ -85,6 +85,26 @@ def visible(call: Call, arrays: Arrays, tile: Tile, at: Positions, axes: str) ->
     return conjunction(seen)
 
 
+def key_ranges(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The keys low <= j < high that causal, window and lengths leave each query, (B | 1, T) int32.
+
+    What `visible` says by element, for engines that compare positions with a range per row.
+    """
+    i = jnp.arange(call.q_len, dtype=jnp.int32)[None]
+    diagonal = i + (call.offset if arrays.q_offset is None else arrays.q_offset)
+    low, high = jnp.zeros_like(diagonal), jnp.full_like(diagonal, call.k_len)
+    left, right = band(call)
+    if left is not None:
+        low = jnp.maximum(low, diagonal - left)
+    if right is not None:
+        high = jnp.minimum(high, diagonal + right + 1)
+    if arrays.kv_lengths is not None:
+        high = jnp.minimum(high, arrays.kv_lengths[:, None])
+    if arrays.q_lengths is not None:
+        high = jnp.where(i < arrays.q_lengths[:, None], high, jnp.zeros_like(high))
+    return low, high
+
+
 def conjunction(parts: list[jax.Array]) -> jax.Array | None:
     """All of the parts, None where there are none."""
     if not parts:
@@ -192,10 +212,7 @@ class Visits:
         inner = self.plan.keys if key_block is None else self.plan.queries
         if self.queries is None or self.keys is None:
             return jnp.arange(inner.count, dtype=jnp.int32), jnp.int32(0), jnp.int32(inner.count)
-        code = self.codes(tile, query_block, key_block)
-        rank = jnp.where(code == EMPTY, 2, jnp.where(code == FULL, 1, 0))
-        order = jnp.argsort(rank, stable=True).astype(jnp.int32)
-        return order, (code == PARTIAL).sum(dtype=jnp.int32), (code != EMPTY).sum(dtype=jnp.int32)
+        return route(self.codes(tile, query_block, key_block))
 
     def codes(self, tile: Tile, query_block: Any, key_block: Any) -> jax.Array:
         """EMPTY, PARTIAL or FULL: one block against all of the other axis."""
@@ -204,30 +221,56 @@ class Visits:
             raise RuntimeError("Every pair is full: ask `all_full` first.")
         rows = Summary(*(_cut(tile, field, query_block) for field in rows))
         columns = Summary(*(_cut(tile, field, key_block) for field in columns))
-        left, right = band(call)
-        some = [rows.some, columns.some]
-        every = [rows.every, columns.every]
-        if left is not None:
-            some.append(columns.high >= rows.low - left)
-            every.append(columns.low >= rows.high - left)
-        if right is not None:
-            some.append(columns.low <= rows.high + right)
-            every.append(columns.high <= rows.low + right)
-        if call.has("q_segment_ids"):
-            some += [
-                rows.segment_low <= columns.segment_high,
-                columns.segment_low <= rows.segment_high,
-            ]
-            every += [
-                rows.segment_low == columns.segment_high,
-                columns.segment_low == rows.segment_high,
-            ]
-        code = _code(conjunction(some), conjunction(every))[:, None]
+        code = _classes(call, rows, columns)[:, None]
         if self.mask is not None:
             # EMPTY < PARTIAL < FULL, so the class of a conjunction is the lower of the two.
             code = jnp.minimum(code, _cut_mask(tile, self.mask, query_block, key_block))
         low, high = code.min(axis=(0, 1)), code.max(axis=(0, 1))
         return same_for_every_example(jnp.where(low == high, low, PARTIAL))
+
+    def table(self) -> jax.Array:
+        """The class of every pair, (B | 1, query blocks, key blocks): a kernel's grid reads it."""
+        if self.queries is None or self.keys is None:
+            raise RuntimeError("Every pair is full: ask `all_full` first.")
+        rows = Summary(*(field[:, :, None] for field in self.queries))
+        columns = Summary(*(field[:, None, :] for field in self.keys))
+        code = _classes(self.plan.call, rows, columns)
+        if self.mask is not None:
+            low, high = self.mask.min(axis=1), self.mask.max(axis=1)
+            code = jnp.minimum(code, jnp.where(low == high, low, PARTIAL))
+        return code
+
+
+def route(code: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which blocks to visit along the last axis of classes, the partial ones first.
+
+    Returns:
+        Block numbers, of the shape of `code`; how many are partial; how many are to be visited.
+    """
+    rank = jnp.where(code == EMPTY, 2, jnp.where(code == FULL, 1, 0))
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    partial = (code == PARTIAL).sum(axis=-1, dtype=jnp.int32)
+    return order, partial, (code != EMPTY).sum(axis=-1, dtype=jnp.int32)
+
+
+def _classes(call: Call, rows: Summary, columns: Summary) -> jax.Array:
+    """Class of pairs of blocks, for fields that broadcast; without the user's mask."""
+    left, right = band(call)
+    some = [rows.some, columns.some]
+    every = [rows.every, columns.every]
+    if left is not None:
+        some.append(columns.high >= rows.low - left)
+        every.append(columns.low >= rows.high - left)
+    if right is not None:
+        some.append(columns.low <= rows.high + right)
+        every.append(columns.high <= rows.low + right)
+    if call.has("q_segment_ids"):
+        some += [rows.segment_low <= columns.segment_high, columns.segment_low <= rows.segment_high]
+        every += [
+            rows.segment_low == columns.segment_high,
+            columns.segment_low == rows.segment_high,
+        ]
+    return _code(conjunction(some), conjunction(every))
 
 
 def _code(some: Any, every: Any) -> jax.Array:

@@ -253,17 +253,17 @@ def test_check_finds_a_wrong_engine(few, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_said_and_the_rest_runs(few, monkeypatch, capsys):
-    # Eight heads of 512 * 512 logits are 8 MiB a matrix, and the dense engine holds several.
-    monkeypatch.setattr(compare, "_free_memory", lambda: 16 * 2**20)
-    assert check_main(["--lengths", "512", "--dim", "8", "--rounds", "1"]) == 0
+    # Eight heads of 1024 * 1024 logits are 32 MiB a matrix, and the dense engine holds several.
+    monkeypatch.setattr(compare, "_free_memory", lambda: 48 * 2**20)
+    assert check_main(["--lengths", "1024", "--dim", "8", "--rounds", "1"]) == 0
     table = rows(capsys.readouterr().out)
-    dash, reason = table[512, "dense"]
+    dash, reason = table[1024, "dense"]
     assert dash == "-"
-    assert re.fullmatch(r"needs [\d.]+ MiB of temporary memory, 16 MiB are free", reason)
-    assert largest(table[512, "blocked"]) < 1e-5
+    assert re.fullmatch(r"needs [\d.]+ MiB of temporary memory, 48 MiB are free", reason)
+    assert largest(table[1024, "blocked"]) < 1e-5
     # No ratio to what did not run; what it would have needed is known.
-    assert table[512, "blocked"][10:12] == ["-", "-"]
-    assert table[512, "blocked"][12].endswith("x")
+    assert table[1024, "blocked"][10:12] == ["-", "-"]
+    assert table[1024, "blocked"][12].endswith("x")
 
 
 def test_length_whose_inputs_do_not_fit_is_said(monkeypatch, capsys):
