@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, UInt8, UInt64
 
 __all__ = ["InputError", "Text", "byte_entropy", "load_text", "replacing"]
 
@@ -47,7 +47,11 @@ class Text:
     def batch(
         self, *, seed: int, step: int, batch: int, seq_len: int
     ) -> Int[np.ndarray, "batch length"]:
-        """Random stretches of the training text, a function of `seed` and `step` alone.
+        """The stretches of the training text for one step, a function of `seed` and `step` alone.
+
+        The text is cut into stretches that do not overlap, which are read in a shuffled order: each
+        once, then all of them in another order, cut at other places. The order is computed and
+        never stored, so memory does not depend on the length of the text.
 
         Args:
             seed: the run's seed.
@@ -58,8 +62,15 @@ class Text:
         Returns:
             (batch, seq_len + 1) int32: what is read, and one byte more to predict.
         """
-        random = np.random.default_rng((seed, step))
-        starts = random.integers(0, len(self.train) - seq_len, size=batch)
+        # As many as fit wherever the cutting begins, so that every epoch has the same number.
+        count = max(1, (len(self.train) - seq_len) // seq_len)
+        shifts = min(seq_len, len(self.train) - count * seq_len)
+        epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
+        starts = np.empty(batch, np.int64)
+        for epoch in np.unique(epochs):
+            keys = np.random.default_rng((seed, int(epoch))).integers(0, 2**32, 5, np.uint64)
+            now = epochs == epoch
+            starts[now] = _shuffled(places[now], count, keys[:4]) * seq_len + int(keys[4]) % shifts
         return np.stack([self.train[s : s + seq_len + 1] for s in starts]).astype(np.int32)
 
     def validation(self, *, windows: int, seq_len: int) -> Int[np.ndarray, "w length"]:
@@ -175,6 +186,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _shuffled(
+    places: Int[np.ndarray, " n"], count: int, keys: UInt64[np.ndarray, " rounds"]
+) -> Int[np.ndarray, " n"]:
+    """Where a permutation of range(count), drawn by `keys`, takes `places`.
+
+    A Feistel network permutes the numbers of an even count of bits (Luby and Rackoff, 1988); what
+    it takes out of the range is taken on until it falls inside.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    places = places.astype(np.uint64)
+    outside = np.ones(len(places), bool)
+    while outside.any():
+        left, right = places[outside] >> half, places[outside] & low
+        for key in keys:
+            # The odd number is 2**64 over the golden ratio; a product's upper bits mix best.
+            mixed = ((right + key) ^ (key << np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        places[outside] = (left << half) | right
+        outside = places >= count
+    return places.astype(np.int64)
 
 
 def _find(data: str | os.PathLike[str] | None, cache: Path) -> tuple[str, Path]:

@@ -1,7 +1,7 @@
 """Trains a small byte-level transformer on a text: the commands `demo` and `train`, one loop.
 
-The loss curve is a function of the configuration alone. Batches depend on the seed and the step,
-checkpoints hold all the rest, so an interrupted run, resumed, goes on as if nothing had happened.
+A run writes into one folder: checkpoints, a log with a row for each step, a picture of the curves,
+samples, and a summary. `fit` is the loop on its own.
 """
 
 from __future__ import annotations
@@ -9,220 +9,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
+import json
 import math
 import os
+import platform
 import shlex
+import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
-from flash_attention_jax._optional import needs
+import flash_attention_jax
+from flash_attention_jax import _curves
+from flash_attention_jax._loop import Config, evaluate, fit, sample
 from flash_attention_jax.compare import Parser, UsageError, check_main
-from flash_attention_jax.data import InputError, Text, byte_entropy, load_text
-
-with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):
-    import optax
-    from tqdm import tqdm
-
-    from flash_attention_jax import _saving
-    from flash_attention_jax.transformer import CausalTransformer, generate
+from flash_attention_jax.data import InputError, Text, byte_entropy, load_text, replacing
 
 __all__ = ["Config", "demo_main", "evaluate", "fit", "train_main"]
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
-SAVE_SECONDS = 60.0  # the most that a kill can cost
-VALID_BYTES = 2**16
-SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 192
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that the loss curve depends on.
-
-    Attributes:
-        data: fingerprint of the text.
-        similarity: "dot" or "cosine".
-        attention: "auto", "dense" or "blocked".
-        dtype: of the computation, "float32" or "bfloat16".
-        dim: features of the residual stream.
-        depth: layers.
-        heads: attention heads of 64 features.
-        seq_len: bytes that the model reads at once.
-        batch: sequences in a step.
-        steps: length of the whole run; the learning rate falls towards its end.
-        lr: highest learning rate.
-        seed: of parameters, batches and samples.
-    """
-
-    data: str
-    similarity: Any
-    attention: str
-    dtype: str
-    dim: int
-    depth: int
-    heads: int
-    seq_len: int
-    batch: int
-    steps: int
-    lr: float
-    seed: int
-
-    @functools.cached_property
-    def model(self) -> CausalTransformer:
-        """The model, without parameters."""
-        return CausalTransformer(
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            similarity=self.similarity,
-            implementation=None if self.attention == "auto" else self.attention,
-            dtype=jnp.dtype(self.dtype),
-        )
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with a warmup over the first twentieth and cosine decay to a tenth, clipped."""
-        warmup = max(1, self.steps // 20)
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.lr, warmup, max(self.steps, warmup + 1), self.lr / 10
-        )
-        return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
-        )
-
-    def initial_state(self) -> dict[str, Any]:
-        """Step 0: parameters drawn from the seed, an empty optimizer state and no losses yet."""
-        params, optimizer = _initial(self)
-        losses = np.zeros(self.steps, np.float32)
-        return {"step": 0, "params": params, "optimizer": optimizer, "losses": losses}
-
-
-def fit(
-    config: Config, text: Text, checkpoint: Path, *, resume: bool = False, label: str = "train"
-) -> dict[str, Any]:
-    """Trains for `config.steps` steps, with a progress bar and checkpoints.
-
-    SIGINT and SIGTERM end it after the step under way, with a checkpoint; the state returned then
-    has a `step` below `config.steps`.
-
-    Args:
-        config: what to train, and how.
-        text: what to read.
-        checkpoint: the file to save to: every minute, and at the end.
-        resume: go on from `checkpoint`.
-        label: stands before the progress bar.
-
-    Returns:
-        A dictionary: `step`, `params`, `optimizer`, and `losses`, (steps,) float32 numpy array in
-        bits per byte.
-
-    Raises:
-        InputError: `resume` without a checkpoint, or with one of another configuration.
-    """
-    state = config.initial_state()
-    if resume:
-        state = _saving.restore(checkpoint, state, dataclasses.asdict(config))
-        # Loaded arrays may be read-only, and numpy ones are not donated.
-        state["losses"] = np.array(state["losses"])
-    params, optimizer = jax.tree.map(jnp.asarray, (state["params"], state["optimizer"]))
-    first, losses = int(state["step"]), state["losses"]
-
-    def snapshot(step: int) -> dict[str, Any]:
-        return {"step": step, "params": params, "optimizer": optimizer, "losses": losses}
-
-    def save(step: int) -> None:
-        _saving.save(checkpoint, snapshot(step), dataclasses.asdict(config))
-
-    step, saved, saved_at = first, first if resume else -1, time.monotonic()
-    with (
-        _saving.interruptions() as interrupted,
-        tqdm(total=config.steps, initial=first, desc=label, unit="step") as bar,
-    ):
-        while step < config.steps and not interrupted():
-            tokens = text.batch(
-                seed=config.seed, step=step, batch=config.batch, seq_len=config.seq_len
-            )
-            params, optimizer, loss = _update(config, params, optimizer, tokens)
-            losses[step] = float(loss)
-            if not math.isfinite(losses[step]):
-                raise InputError(
-                    f"`--lr` must keep the loss finite, got {config.lr} and a loss of "
-                    f"{losses[step]} at step {step}. Take a smaller one."
-                )
-            step += 1
-            bar.set_postfix_str(f"{losses[max(0, step - 10) : step].mean():.3f} bits/byte")
-            bar.update()
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save(step)
-                saved, saved_at = step, time.monotonic()
-        if step != saved:
-            save(step)
-    return snapshot(step)
-
-
-def evaluate(config: Config, params: PyTree, tokens: Int[np.ndarray, "windows length"]) -> float:
-    """Bits per byte of the model on `tokens`, each window read on its own.
-
-    Args:
-        config: the configuration of the model.
-        params: its parameters.
-        tokens: (windows, seq_len + 1) integers, from `Text.validation`.
-
-    Returns:
-        The mean over all predicted bytes.
-    """
-    total = 0.0
-    for start in range(0, len(tokens), config.batch):
-        part = tokens[start : start + config.batch]
-        # One shape for all parts: a second one would compile again.
-        filled = np.resize(part, (config.batch, part.shape[1]))
-        total += float(np.asarray(_bits(config, params, filled))[: len(part)].sum())
-    return total / tokens[:, 1:].size
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _initial(config: Config) -> tuple[PyTree, PyTree]:
-    """Parameters and optimizer state of step 0."""
-    params = config.model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32))
-    return params, config.optimizer.init(params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _bits(
-    config: Config, params: PyTree, tokens: Int[Array | np.ndarray, "batch length"]
-) -> Float[Array, " batch"]:
-    """Bits that each sequence takes: the sum over its bytes but the first."""
-    logits: Any = config.model.apply(params, tokens[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses.sum(axis=1) / math.log(2)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def _update(
-    config: Config,
-    params: PyTree,
-    optimizer: PyTree,
-    tokens: Int[Array | np.ndarray, "batch length"],
-) -> tuple[PyTree, PyTree, Float[Array, ""]]:
-    """One step of the optimizer on the mean bits per byte."""
-
-    def loss(params: PyTree) -> Float[Array, ""]:
-        return _bits(config, params, tokens).mean() / config.seq_len
-
-    value, gradients = jax.value_and_grad(loss)(params)
-    # optax adds numbers of different dtypes, which a caller may have made an error.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, optimizer = config.optimizer.update(gradients, optimizer, params)
-    return optax.apply_updates(params, updates), optimizer, value
+VALID_BYTES = 2**16  # at the end
+RESULTS = ("checkpoints", "log.csv", "curves.png", "summary.json", "samples.txt", "tensorboard")
 
 
 def demo_main(argv: Sequence[str]) -> int:
@@ -270,12 +82,21 @@ def _parser(command: str, *, steps: int, out: str) -> Parser:
     add("--depth", type=int, default=4, help="layers")
     add("--heads", type=int, default=2, help="attention heads of 64 features")
     add("--seq-len", type=int, default=256, help="bytes read at once")
-    add("--batch", type=int, default=8, help="sequences in a step")
+    add("--batch", type=int, default=8, help="sequences held in memory at once")
+    add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
     add("--steps", type=int, default=steps, help="length of the run")
-    add("--lr", type=float, default=4e-3, help="highest learning rate")
+    add("--lr", type=float, default=4e-3, help="highest learning rate; falls along a cosine")
+    add("--warmup", type=int, help="steps in which the rate rises; a twentieth without it")
+    add("--clip", type=float, default=1.0, help="largest norm of a gradient")
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
-    add("--out", type=Path, default=Path(out), help="folder for checkpoints and flat texts")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--out", type=Path, default=Path(out), help="folder for all that the run writes")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; there is one each "
+        "minute and at the end anyway")  # fmt: skip
+    add("--validate-every", type=int, help="steps between validations, 0 = at the end alone; a "
+        "tenth of the run without it")  # fmt: skip
+    add("--sample-every", type=int, default=0, help="steps between samples, which go to "
+        "samples.txt; 0 = at the end alone")  # fmt: skip
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     return parser
 
 
@@ -308,11 +129,7 @@ def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
             "Choose another."
         ) from error
     text = load_text(args.data, cache=args.out, seq_len=args.seq_len)
-    names = [field.name for field in dataclasses.fields(Config) if field.name != "data"]
-    config = Config(
-        data=f"text {text.fingerprint}", **{name: getattr(args, name) for name in names}
-    )
-    checkpoint = args.out / "checkpoint.msgpack"
+    config = _config(args, text)
     if command == "demo" and not args.resume:
         code = _check()
         if code:
@@ -321,22 +138,55 @@ def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
         f"text: {text.source}, {len(text.train) + len(text.valid):,} bytes: "
         f"{len(text.train):,} to train, {len(text.valid):,} to validate"
     )
-    if not args.resume and checkpoint.exists():
-        kept = checkpoint.with_suffix(".previous")
-        checkpoint.replace(kept)
-        print(f"an earlier run's checkpoint is kept as {kept}")
-    state = fit(config, text, checkpoint, resume=args.resume, label=command)
-    if state["step"] == config.steps:
-        with contextlib.suppress(KeyboardInterrupt):
-            _report(config, text, state["params"])
+    if not args.resume:
+        _keep_previous(args.out)
+    every = math.ceil(config.steps / 10) if args.validate_every is None else args.validate_every
+    state = fit(
+        config,
+        text,
+        args.out,
+        resume=args.resume,
+        label=command,
+        save_every=args.save_every,
+        validate_every=every,
+        sample_every=args.sample_every,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        _curves.draw(args.out, f"attention by {config.similarity}, {config.attention}")
+        if state["step"] == config.steps:
+            _report(config, text, state["params"], args.out)
             return 0
-    print(f"\nInterrupted at step {state['step']} of {config.steps}, saved in {checkpoint}.")
+    checkpoints = args.out / "checkpoints"
+    print(f"\nInterrupted at step {state['step']} of {config.steps}, saved in {checkpoints}.")
     print(f"To go on: {_resume_command(command, argv)}")
     return INTERRUPTED
 
 
-def _report(config: Config, text: Text, params: PyTree) -> None:
-    """Prints bits per byte on the held-out text, and a sample."""
+def _config(args: argparse.Namespace, text: Text) -> Config:
+    """The configuration that the options describe."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    values["data"] = f"text {text.fingerprint}"
+    if args.warmup is None:
+        values["warmup"] = max(1, args.steps // 20)
+    return Config(**values)
+
+
+def _keep_previous(out: Path) -> None:
+    """Moves the results of an earlier run out of the way; those of the one before it go."""
+    found = [out / name for name in RESULTS if (out / name).exists()]
+    if not found:
+        return
+    kept = out / "previous"
+    if kept.exists():
+        shutil.rmtree(kept)
+    kept.mkdir()
+    for path in found:
+        path.rename(kept / path.name)
+    print(f"an earlier run's results are kept in {kept}")
+
+
+def _report(config: Config, text: Text, params: PyTree, out: Path) -> None:
+    """Prints bits per byte on the held-out text, and a sample; both go into `summary.json` too."""
     windows = max(config.batch, VALID_BYTES // config.seq_len)
     tokens = text.validation(windows=windows, seq_len=config.seq_len)
     order0 = byte_entropy(tokens[:, 1:])
@@ -344,24 +194,30 @@ def _report(config: Config, text: Text, params: PyTree) -> None:
     print(f"\non {tokens[:, 1:].size:,} bytes of held-out text, in bits per byte:")
     print(f"  {order0:.3f}  byte frequencies, the best of order 0 for these very bytes")
     print(f"  {bits:.3f}  this model, attention by {config.similarity}, {config.steps} steps")
-    prompt = tokens[:1, :SAMPLE_PROMPT]
-    drawn = generate(
-        config.model,
-        params,
-        prompt,
-        SAMPLE_LENGTH,
-        key=jax.random.key(config.seed),
-        temperature=0.8,
-        top_k=40,
-    )
+    given, drawn = sample(config, params, tokens)
     print("\na sample; the text before the bar was given:\n")
-    print(f"{_printable(prompt[0])}|{_printable(np.asarray(drawn)[0])}")
+    print(f"{given}|{drawn}")
+    _write_summary(out, config, {"order0": order0, "model": bits}, {"given": given, "drawn": drawn})
+    print(f"\nlog, curves and checkpoints are in {out}")
 
 
-def _printable(tokens: Int[np.ndarray, " n"]) -> str:
-    """Bytes as text; what a terminal would take for a command becomes a question mark."""
-    text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "?" for c in text)
+def _write_summary(
+    out: Path, config: Config, bits: dict[str, float], drawn: dict[str, str]
+) -> None:
+    """Writes what a run was and what came of it, as JSON."""
+    summary: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "held_out_bits_per_byte": bits,
+        "sample": drawn,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flash-attention-jax": flash_attention_jax.__version__,
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+    with replacing(out / "summary.json") as file:
+        file.write((json.dumps(summary, indent=1) + "\n").encode())
 
 
 def _check() -> int:
@@ -371,13 +227,17 @@ def _check() -> int:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuses what no run can use."""
-    for name in ("dim", "depth", "heads", "seq_len", "batch", "steps", "seed"):
-        value, least = getattr(args, name), 0 if name == "seed" else 1
-        if value < least:
+    least = dict.fromkeys(("dim", "depth", "heads", "seq_len", "batch", "accumulate", "steps"), 1)
+    least |= dict.fromkeys(("seed", "warmup", "save_every", "validate_every", "sample_every"), 0)
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
             option = name.replace("_", "-")
-            raise InputError(f"`--{option}` must be at least {least}, got {value}. Raise it.")
-    if not 0.0 < args.lr < math.inf:
-        raise InputError(f"`--lr` must be positive and finite, got {args.lr}. Change it.")
+            raise InputError(f"`--{option}` must be at least {bound}, got {value}. Raise it.")
+    for name in ("lr", "clip"):
+        value = getattr(args, name)
+        if not 0.0 < value < math.inf:
+            raise InputError(f"`--{name}` must be positive and finite, got {value}. Change it.")
 
 
 def _resume_command(command: str, argv: Sequence[str]) -> str:

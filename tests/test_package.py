@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flash_attention_jax"
-OPTIONAL = ("flax", "optax", "tqdm", "torch", "jax_triton", "triton", "matplotlib")
+OPTIONAL = ("flax", "optax", "orbax", "tqdm", "torch", "jax_triton", "triton", "matplotlib")
 
 # From the bottom up; a module imports from its own layer and those below it. A module that is not
 # here is at the top: a shell, or a function of the public face.
@@ -34,7 +34,7 @@ SHELLS = {
     "linen": ["flax"],
     "nnx": ["flax"],
     "torch": ["torch"],
-    "train": ["flax", "optax", "tqdm"],
+    "train": ["flax", "optax", "orbax", "tqdm"],
     "transformer": ["flax"],
 }
 

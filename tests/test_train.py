@@ -1,20 +1,21 @@
-"""Training, its checkpoints and its texts, by way of the commands where it can be."""
+"""Training, its log and its texts, by way of the commands where it can be."""
 
 import dataclasses
 import gzip
+import importlib.util
+import json
 import re
-import shlex
-import signal
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from flash_attention_jax import _saving, data, train
-from flash_attention_jax.data import Text, byte_entropy, load_text
+from flash_attention_jax import _curves, _loop, data, train
+from flash_attention_jax.data import byte_entropy, load_text
 from flash_attention_jax.transformer import CausalTransformer, generate
 
 PATTERN = b"the quick brown fox jumps over the lazy dog; "
@@ -44,18 +45,19 @@ def config_of(text, **changes):
         "heads": 1,
         "seq_len": 16,
         "batch": 4,
+        "accumulate": 1,
         "steps": 6,
         "lr": 2e-3,
+        "warmup": 1,
+        "clip": 1.0,
         "seed": 0,
     }
     return train.Config(**{**values, **changes})
 
 
 def losses_in(out):
-    """The losses that the checkpoint of a run holds."""
-    payload = (out / "checkpoint.msgpack").read_bytes()[len(_saving.MAGIC) :].split(b"\n", 1)[1]
-    state = _saving.serialization.msgpack_restore(payload)
-    return state["losses"][: state["step"]]
+    """The losses in the log of a run."""
+    return _curves.read(out)["bits_per_byte"].astype(np.float32)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
@@ -95,149 +97,163 @@ def test_dense_and_blocked_attention_give_the_same_losses(text_file, tmp_path):
 def test_bfloat16_trains_with_parameters_in_float32(text_file, tmp_path):
     text = load_text(text_file, cache=tmp_path, seq_len=16)
     config = config_of(text, dtype="bfloat16")
-    state = train.fit(config, text, tmp_path / "checkpoint.msgpack")
+    state = train.fit(config, text, tmp_path / "half")
     assert {x.dtype.name for x in jax.tree.leaves(state["params"])} == {"float32"}
-    reference = train.fit(config_of(text), text, tmp_path / "checkpoint.msgpack")
-    assert (state["losses"] != reference["losses"]).any()
-    np.testing.assert_allclose(state["losses"], reference["losses"], rtol=0.02)
+    train.fit(config_of(text), text, tmp_path / "single")
+    half, single = losses_in(tmp_path / "half"), losses_in(tmp_path / "single")
+    assert (half != single).any()
+    np.testing.assert_allclose(half, single, rtol=0.02)
 
 
-def interrupt_at(monkeypatch, step, number=signal.SIGINT):
-    """Sends this process a signal while the batch of `step` is made."""
-    batch = Text.batch
+def test_accumulated_batches_are_one_large_batch(text_file, tmp_path):
+    text = load_text(text_file, cache=tmp_path, seq_len=16)
+    for accumulate in (1, 2, 4):
+        config = config_of(text, batch=4 // accumulate, accumulate=accumulate)
+        train.fit(config, text, tmp_path / str(accumulate))
+    whole = _curves.read(tmp_path / "1")
+    for accumulate in (2, 4):
+        parts = _curves.read(tmp_path / str(accumulate))
+        for name in ("bits_per_byte", "gradient_norm"):
+            np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4)
+    assert len(whole["step"]) == 6
 
-    def interrupting(self, **kwargs):
-        if kwargs["step"] == step:
-            signal.raise_signal(number)
-        return batch(self, **kwargs)
 
-    monkeypatch.setattr(Text, "batch", interrupting)
+def test_gradients_are_clipped_and_the_rate_warms_up_and_falls(text_file, tmp_path):
+    text = load_text(text_file, cache=tmp_path, seq_len=16)
+    config = config_of(text, warmup=2, lr=1e-2, clip=1e-3)
+    gradient = {"w": jnp.asarray([3.0, 4.0], jnp.float32)}
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = config.optimizer.update(gradient, config.optimizer.init(gradient), gradient)
+    # Adam's first mean is a tenth of the gradient, whose norm of 5 became 1e-3.
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], [6e-5, 8e-5], rtol=1e-5)
+    train.fit(config, text, tmp_path / "run")
+    curves = _curves.read(tmp_path / "run")
+    # Up to 1e-2 in two steps, then along half a cosine that would reach 1e-3 after four more.
+    half = 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    expected = [0.0, 5e-3, *(1e-3 + 9e-3 * half)]
+    np.testing.assert_allclose(curves["learning_rate"], expected, rtol=1e-5)
+    assert (curves["gradient_norm"] > 1e-3).all()  # what is logged is not clipped yet
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_resumes_with_the_same_losses(
-    text_file, tmp_path, monkeypatch, capsys, number
-):
-    assert train.train_main(options(text_file, tmp_path / "whole")) == 0
-    argv = options(text_file, tmp_path / "parts")
-    handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2, number)
-        capsys.readouterr()
-        assert train.train_main(argv) == 130
-    assert signal.getsignal(number) is handler
+def test_length_8192_trains(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(PATTERN * 400)
+    argv = ["--data", str(path), "--out", str(tmp_path), "--dim", "32", "--depth", "1"]
+    argv += ["--heads", "1", "--seq-len", "8192", "--batch", "1", "--steps", "2"]
+    text = load_text(path, cache=tmp_path, seq_len=8192)
+    config = train._config(train._parser("train", steps=2, out="").parse_args(argv), text)
+    state = train.fit(config, text, tmp_path)
+    assert state["step"] == 2
+    assert np.isfinite(losses_in(tmp_path)).all()
+
+
+def test_log_has_a_row_for_each_step_and_validations_where_asked(text_file, tmp_path):
+    out = tmp_path / "run"
+    argv = options(text_file, out, "--validate-every", "4", "--sample-every", "3")
+    assert train.train_main(argv) == 0
+    curves = _curves.read(out)
+    assert tuple(curves) == _curves.COLUMNS
+    np.testing.assert_array_equal(curves["step"], np.arange(1, 7))
+    assert np.flatnonzero(np.isfinite(curves["validation"])).tolist() == [3, 5]  # and the last
+    assert (curves["tokens_per_second"] > 0).all()
+    samples = (out / "samples.txt").read_text()
+    assert re.findall(r"^--- after (\d) steps", samples, re.MULTILINE) == ["3", "6"]
+    # Validation and samples do not touch the run.
+    assert train.train_main(options(text_file, tmp_path / "plain", "--validate-every", "0")) == 0
+    plain = _curves.read(tmp_path / "plain")
+    assert np.isnan(plain["validation"]).all()
+    np.testing.assert_array_equal(plain["bits_per_byte"], curves["bits_per_byte"])
+
+
+def test_run_leaves_a_picture_and_a_summary(text_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.train_main(options(text_file, out)) == 0
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["config"]["steps"] == 6
+    assert summary["versions"]["jax"] == jax.__version__
+    bits = summary["held_out_bits_per_byte"]
     printed = capsys.readouterr().out
-    assert f"Interrupted at step 3 of 6, saved in {tmp_path}/parts/checkpoint.msgpack." in printed
-    assert len(losses_in(tmp_path / "parts")) == 3
-
-    command = shlex.split(printed.split("To go on: ")[1].strip())
-    assert command[1:4] == ["-m", "flash_attention_jax", "train"]
-    assert command[4:] == [*argv, "--resume"]
-    assert train.train_main(command[4:]) == 0
-    assert "bits per byte" in capsys.readouterr().out
-    np.testing.assert_array_equal(losses_in(tmp_path / "parts"), losses_in(tmp_path / "whole"))
+    assert f"  {bits['model']:.3f}  this model" in printed
+    assert f"{summary['sample']['given']}|{summary['sample']['drawn']}" in printed
 
 
-def test_interrupted_report_says_how_to_get_it(text_file, tmp_path, monkeypatch, capsys):
-    argv = options(text_file, tmp_path)
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", interrupted)
-        assert train.train_main(argv) == 130
-    assert "Interrupted at step 6 of 6, saved in" in capsys.readouterr().out
-    assert train.train_main([*argv, "--resume"]) == 0
-
-
-def test_second_interrupt_acts_at_once(text_file, tmp_path, monkeypatch):
-    batch = Text.batch
-
-    def interrupting(self, **kwargs):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        return batch(self, **kwargs)
-
-    monkeypatch.setattr(Text, "batch", interrupting)
-    # A shell's background job is started with SIGINT ignored, and "as ever" would be to ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert train.train_main(options(text_file, tmp_path)) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert not (tmp_path / "checkpoint.msgpack").exists()
+def test_rows_after_the_checkpoint_and_a_row_cut_short_are_forgotten(tmp_path):
+    with _curves.Curves(tmp_path, done=0) as curves:
+        for step in (1, 2, 3):
+            curves.add(step=step, bits_per_byte=np.float32(1 / step))
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("4,0.2")
+    assert _curves.read(tmp_path)["step"].tolist() == [1, 2, 3]
+    with _curves.Curves(tmp_path, done=2) as curves:
+        curves.add(step=3, bits_per_byte=0.5, validation=0.25)
+    found = _curves.read(tmp_path)
+    assert found["step"].tolist() == [1, 2, 3]
+    assert found["bits_per_byte"].tolist() == [1, 0.5, 0.5]
+    np.testing.assert_array_equal(found["validation"], [np.nan, np.nan, 0.25])
 
 
-def test_finished_run_resumes_to_its_report(text_file, tmp_path, capsys):
-    argv = options(text_file, tmp_path)
-    assert train.train_main(argv) == 0
-    first = capsys.readouterr().out
-    assert train.train_main([*argv, "--resume"]) == 0
-    assert capsys.readouterr().out == first
+def test_mean_in_the_picture_is_that_of_the_last_steps():
+    np.testing.assert_allclose(_curves._smooth(np.arange(40.0))[[0, 1, 2, 39]], [0, 0.5, 1.5, 38.5])
+    np.testing.assert_array_equal(_curves._smooth(np.asarray([3.0])), [3.0])
 
 
-def test_new_run_keeps_the_checkpoint_it_replaces(text_file, tmp_path, capsys):
-    argv = options(text_file, tmp_path)
-    assert train.train_main(argv) == 0
-    before = (tmp_path / "checkpoint.msgpack").read_bytes()
-    assert train.train_main([*argv, "--seed", "1"]) == 0
-    assert (tmp_path / "checkpoint.previous").read_bytes() == before
-    assert f"checkpoint is kept as {tmp_path}/checkpoint.previous" in capsys.readouterr().out
+class Writer:
+    """What TensorBoard offers, as far as it is used."""
+
+    written: list = []  # noqa: RUF012
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def add_scalar(self, name, value, step):
+        self.written.append((self.folder, name, value, step))
+
+    def close(self):
+        self.written.append("closed")
 
 
-def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    path, config = tmp_path / "checkpoint.msgpack", {"steps": 2}
-    _saving.save(path, {"step": 1}, config)
-
-    def killed(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data.os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        _saving.save(path, {"step": 2}, config)
-    assert _saving.restore(path, {"step": 0}, config) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.msgpack"]
-
-
-def test_checkpoint_of_another_configuration_is_refused(text_file, tmp_path, capsys):
-    argv = options(text_file, tmp_path)
-    assert train.train_main(argv) == 0
-    capsys.readouterr()
-    path = tmp_path / "checkpoint.msgpack"
-    assert train.train_main([*argv, "--resume", "--heads", "2"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: `--heads` must be what the checkpoint {path} was made with, 1, got 2. "
-        "Resume with the same options, or start anew with another --out.\n"
-    )
-    text_file.write_bytes(PATTERN * 101)
-    assert train.train_main([*argv, "--resume"]) == 2
-    assert re.fullmatch(
-        r"error: `--data` must be what .* was made with, text \w+, got text \w+\. .*\n",
-        capsys.readouterr().err,
-    )
+def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path, monkeypatch):
+    module = type(sys)("tensorboard.summary")
+    module.Writer = Writer
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
+    monkeypatch.setitem(sys.modules, "tensorboard", type(sys)("tensorboard"))
+    monkeypatch.setattr(_curves, "find_spec", lambda name: name == "tensorboard")
+    with _curves.Curves(tmp_path, done=0) as curves:
+        curves.add(step=1, bits_per_byte=8.0)
+    assert Writer.written == [(str(tmp_path / "tensorboard"), "bits_per_byte", 8.0, 1), "closed"]
+    monkeypatch.setattr(_curves, "find_spec", lambda name: None)
+    with _curves.Curves(tmp_path, done=0) as curves:
+        curves.add(step=1, bits_per_byte=8.0)
+    assert len(Writer.written) == 2
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda content: b"", "not a checkpoint of this version"),
-        (lambda content: content[:-1], "its checksum differs"),
-        (lambda content: content[:-100] + b"x" + content[-99:], "its checksum differs"),
-        (lambda content: content[:50], "it ends too early"),
-    ],
-)
-def test_damaged_checkpoint_is_refused(text_file, tmp_path, capsys, damage, reason):
-    argv = options(text_file, tmp_path)
-    assert train.train_main(argv) == 0
-    capsys.readouterr()
-    path = tmp_path / "checkpoint.msgpack"
-    path.write_bytes(damage(path.read_bytes()))
-    assert train.train_main([*argv, "--resume"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: `--resume` must find a whole checkpoint, got {path} ({reason}). "
-        "Leave out --resume to start again.\n"
-    )
+def test_real_tensorboard_writes_its_file(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("needs tensorboard")
+    with _curves.Curves(tmp_path, done=0) as curves:
+        curves.add(step=1, bits_per_byte=8.0)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"bits_per_byte" in events.read_bytes()
+
+
+def test_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", type(sys)("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", type(sys)("tensorboard.summary"))
+    monkeypatch.setattr(_curves, "find_spec", lambda name: name == "tensorboard")
+    with _curves.Curves(tmp_path, done=0) as curves:
+        curves.add(step=1, bits_per_byte=8.0)
+    assert "TensorBoard is installed and does not import" in capsys.readouterr().out
+    assert _curves.read(tmp_path)["bits_per_byte"].tolist() == [8.0]
+
+
+def test_progress_shows_the_speed_without_the_first_step(capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}), accumulate=2)
+    with _loop._progress(config, 0, "train") as progress:
+        for loss, seconds in ((9.0, 60.0), (7.0, 0.25), (5.0, 0.75)):
+            progress({"bits_per_byte": np.float32(loss)}, seconds)
+    # 2 batches of 4 sequences of 16 tokens in half a second on average.
+    assert "256 tokens/s, 7.000 bits/byte" in capsys.readouterr().err
 
 
 BAD_INPUT = {
@@ -281,11 +297,18 @@ BAD_INPUT = {
     ),
     "no checkpoint": (
         ["--data", "long.txt", "--resume"],
-        "`--resume` must find a checkpoint, got none at out/checkpoint.msgpack. "
+        "`--resume` must find a checkpoint, got none in out/checkpoints. "
         "Leave out --resume to start, or give the --out of the interrupted run.",
     ),
     "no steps": (["--steps", "0"], "`--steps` must be at least 1, got 0. Raise it."),
     "no batch": (["--batch", "-1"], "`--batch` must be at least 1, got -1. Raise it."),
+    "no accumulation": (
+        ["--accumulate", "0"],
+        "`--accumulate` must be at least 1, got 0. Raise it.",
+    ),
+    "warmup": (["--warmup", "-1"], "`--warmup` must be at least 0, got -1. Raise it."),
+    "save every": (["--save-every", "-2"], "`--save-every` must be at least 0, got -2. Raise it."),
+    "clip": (["--clip", "0"], "`--clip` must be positive and finite, got 0.0. Change it."),
     "rate": (["--lr", "nan"], "`--lr` must be positive and finite, got nan. Change it."),
     "choice": (
         ["--similarity", "euclid"],
@@ -335,7 +358,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, command, tmp_path, monkeypa
 def test_demo_checks_first_and_stops_where_the_check_fails(text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_check", lambda: 1)
     assert train.demo_main(options(text_file, tmp_path)) == 1
-    assert not (tmp_path / "checkpoint.msgpack").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_byte_entropy_is_that_computed_by_hand():
@@ -442,6 +465,64 @@ def test_batches_depend_on_seed_and_step_alone(text_file, tmp_path):
     assert (first != text.batch(seed=0, step=4, **sizes)).any()
     assert (first != text.batch(seed=1, step=3, **sizes)).any()
     assert all(bytes(row.tolist()) in PATTERN * 2 for row in first)
+
+
+@pytest.mark.parametrize("length", [34, 35, 48, 49, 50, 100, 1000])
+def test_every_stretch_is_read_once_before_any_is_read_again(tmp_path, length):
+    path = tmp_path / "text.bin"
+    path.write_bytes(bytes(i % 251 for i in range(length)))
+    text = load_text(path, cache=tmp_path, seq_len=16)
+    count = max(1, (len(text.train) - 16) // 16)
+    orders = []
+    for epoch in range(3):
+        steps = range(epoch * count, (epoch + 1) * count)
+        rows = [text.batch(seed=7, step=s, batch=1, seq_len=16)[0] for s in steps]
+        # The text can be read off modulo 251: where a row begins says which stretch it is.
+        begins = [next(i for i in range(len(text.train)) if text.train[i : i + 17].tobytes()
+                       == bytes(row.tolist())) for row in rows]  # fmt: skip
+        shift = min(begins)
+        assert sorted(begins) == [shift + 16 * i for i in range(count)] or length > 251
+        assert shift < 16
+        orders.append(begins)
+    assert count < 5 or orders[0] != orders[1] != orders[2] != orders[0]
+    # Steps that cross from one epoch to the next read the same stretches in the same order.
+    two = np.concatenate([text.batch(seed=7, step=s, batch=3, seq_len=16) for s in range(count)])
+    one = np.concatenate(
+        [text.batch(seed=7, step=s, batch=1, seq_len=16) for s in range(3 * count)]
+    )
+    np.testing.assert_array_equal(two, one)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 256, 1000])
+def test_shuffling_is_a_permutation_that_depends_on_all_keys(count):
+    keys = np.arange(4, dtype=np.uint64)
+    places = np.arange(count)
+    first = data._shuffled(places, count, keys)
+    np.testing.assert_array_equal(np.sort(first), places)
+    for i in range(4 if count > 16 else 0):
+        other = keys.copy()
+        other[i] += np.uint64(1)
+        assert (data._shuffled(places, count, other) != first).mean() > 0.5
+
+
+def test_shuffling_takes_every_place_everywhere_alike():
+    times = np.zeros((16, 16))
+    for seed in range(2000):
+        keys = np.random.default_rng(seed).integers(0, 2**32, 4, np.uint64)
+        times[np.arange(16), data._shuffled(np.arange(16), 16, keys)] += 1
+    # Chi-squared of 225 degrees of freedom: 99.9 percent lie below 295.
+    assert ((times - 125) ** 2 / 125).sum() < 295
+
+
+def test_text_larger_than_memory_is_opened_and_read(tmp_path):
+    path = tmp_path / "huge.txt"
+    with path.open("wb") as file:
+        file.write(PATTERN)
+        file.truncate(2**40)  # a hole, which takes no space on the disk
+    text = load_text(path, cache=tmp_path, seq_len=64)
+    assert len(text.train) + len(text.valid) == 2**40
+    assert text.batch(seed=0, step=10**6, batch=4, seq_len=64).shape == (4, 65)
+    assert text.validation(windows=4, seq_len=64).shape == (4, 65)
 
 
 def test_shortest_text_has_one_window_of_each_kind(tmp_path):
@@ -553,7 +634,7 @@ def test_generation_refuses_what_it_cannot_do(change, message):
 
 def test_text_of_a_sample_is_safe_to_print():
     tokens = np.frombuffer("é\x1b[2J\ta\nb".encode() + b"\xff", np.uint8)
-    assert train._printable(tokens) == "é?[2J a\nb\ufffd"
+    assert _loop._printable(tokens) == "é?[2J a\nb\ufffd"
 
 
 def test_resume_command_names_this_python(monkeypatch, tmp_path):
