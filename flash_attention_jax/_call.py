@@ -109,6 +109,7 @@ class Call:
         differentiation: "reverse", or "any" for forward mode and mixed orders.
         platform: "cpu", "gpu" or "tpu": what the call is traced for.
         capability: CUDA compute capability such as (9, 0), None elsewhere.
+        interpret: Whether kernels run under their interpreter instead of on the platform.
     """
 
     layout: Layout
@@ -136,6 +137,7 @@ class Call:
     differentiation: Differentiation = "reverse"
     platform: str = "cpu"
     capability: tuple[int, int] | None = None
+    interpret: bool = False
 
     @property
     def group_size(self) -> int:

@@ -15,6 +15,13 @@ from flash_attention_jax.kernels import _support
 Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
 
 
+def _hopper(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The kernels, imported when a call first runs on them; blocked nests their derivatives."""
+    from flash_attention_jax.kernels import attention  # noqa: PLC0415 (it imports Pallas)
+
+    return attention.attend(_blocked.attend, call, arrays)
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to run a call.
@@ -34,7 +41,7 @@ class Implementation:
 
 TABLE = (
     # Fastest first: the first that does not decline is taken.
-    Implementation("hopper", _support.hopper_why_not, None),
+    Implementation("hopper", _support.hopper_why_not, _hopper),
     Implementation("triton", _support.triton_why_not, None),
     # O(n) memory everywhere, reverse mode to any order.
     Implementation("blocked", _blocked.why_not, _blocked.attend),

@@ -16,6 +16,7 @@ import numpy as np
 
 from flash_attention_jax import _check, _dropout
 from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity
+from flash_attention_jax.kernels import _support
 
 
 class CommonOptions(TypedDict, total=False):
@@ -176,6 +177,9 @@ def read(
     _check.precision(reader.name("precision"), options.get("precision"))
     for name, (x, _, _) in terms.items():
         given[name] = x
+    interpret = platform is None and _support.interpreting()
+    if interpret:
+        platform, capability = "gpu", _support.HOPPER
     platform = platform or jax.default_backend()
     call = Call(
         layout=layout,
@@ -199,6 +203,7 @@ def read(
         differentiation=options.get("differentiation", "reverse"),
         platform="gpu" if platform in ("cuda", "rocm") else platform,
         capability=capability if capability is not None else _capability(platform),
+        interpret=interpret,
     )
     return Reading(call, given, out_shape, lse_shape)
 

@@ -1,0 +1,75 @@
+"""Tile sizes of the Hopper kernels: one table, by what a kernel holds.
+
+    rows of a program = 64 * warpgroups       (64 is the height of a wgmma; a warpgroup holds its own)
+    shared memory     = warpgroups * 64 * (dims held) + stages * inner * (dims streamed), 2 bytes each
+
+The table holds what compiles for sm_90a without a spill; nothing in it has been timed yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from flash_attention_jax._call import Call
+
+ROWS = 64
+"""Rows that one warpgroup holds: the height of a wgmma instruction."""
+
+COLUMNS = 64
+"""Head dimensions are padded to a multiple of this: one row of 128 bytes, the swizzle of a tile."""
+
+LARGEST_DIM = 256
+
+LARGEST_FUSED_DIM = 128
+"""Up to this dk and dv are summed by one warpgroup at once: 64 rows of both fit into registers."""
+
+Pass = Literal["forward", "dq", "dkv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work.
+
+    Attributes:
+        warpgroups: Warpgroups that compute; one more loads.
+        inner: Rows of the streamed side in one step: keys, or queries for dk and dv.
+        stages: Steps that are in flight at once.
+    """
+
+    warpgroups: int
+    inner: int
+    stages: int
+
+    @property
+    def outer(self) -> int:
+        """Rows that a program owns."""
+        return self.warpgroups * ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of a computing and of the loading warpgroup; 504 in all at most."""
+        return {1: (240, 40), 2: (232, 40), 3: (160, 24)}[self.warpgroups]
+
+
+# By the larger padded dimension of (q and k, v).
+TABLE: dict[Pass, dict[int, Tiles]] = {
+    "forward": {
+        64: Tiles(3, 128, 2),
+        128: Tiles(2, 128, 2),
+        192: Tiles(2, 64, 2),
+        256: Tiles(2, 64, 2),
+    },
+    "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 64, 2), 256: Tiles(1, 64, 2)},
+    "dkv": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 64, 2), 256: Tiles(1, 64, 2)},
+}
+
+
+def padded(dim: int) -> int:
+    """A head dimension as a tile holds it."""
+    return -(-dim // COLUMNS) * COLUMNS
+
+
+def tiles(call: Call, kernel: Pass) -> Tiles:
+    """The tiles of one kernel for a call: the table's, or the blocks that the caller asked for."""
+    return TABLE[kernel][max(padded(call.dim), padded(call.v_dim))]

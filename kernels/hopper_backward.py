@@ -1,0 +1,440 @@
+"""Backward on Hopper, bit for bit the same each time: two kernels, seven products.
+
+FlashAttention-2 (Dao 2023), algorithm 2, split so that each gradient is summed by the program that
+owns it, in a fixed order and in registers: one kernel owns blocks of queries and sums dq over keys,
+one owns blocks of keys and sums dk and dv over queries and over the query heads that share the key
+head. The scores are made twice; in return nothing is added in memory, so nothing depends on which
+program ran first. The second kernel holds its tiles transposed, keys first, so that probabilities
+and their gradients feed dv and dk from registers.
+
+Where dk and dv together do not fit into the registers of a warpgroup (over 128 dimensions), the
+second kernel runs once for each.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flash_attention_jax._call import ROLES, Call
+from flash_attention_jax.kernels import hopper_tile as tile
+from flash_attention_jax.kernels._config import ROWS, Tiles, padded
+from flash_attention_jax.kernels.hopper_pipeline import (
+    Route,
+    add_product,
+    product,
+    route_of,
+    stream,
+)
+from flash_attention_jax.kernels.hopper_tile import TILED, WGMMA, Grid, Vectors
+from flash_attention_jax.kernels.operands import LOG2E, Operands, plan
+
+
+class Buffers(NamedTuple):
+    """Shared memory and barriers of one program: what it owns, and two rings of what it walks."""
+
+    first: Any  # (warpgroups, 64, d): q, or k
+    second: Any  # (warpgroups, 64, e): dout, or v
+    ring_d: Any  # (stages, inner, d): k, or q
+    ring_e: Any  # (stages, inner, e): v, or dout
+    staged: Any  # (warpgroups, 64, inner) where left operands pass through shared memory, else None
+    owned: Any  # ready: first and second of each warpgroup
+    d_ready: Any
+    e_ready: Any
+    d_free: Any
+    e_free: Any
+
+
+def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
+    d, e, groups = padded(call.dim), padded(call.v_dim), tiles.warpgroups
+
+    def smem(*shape: int) -> Any:
+        return plgpu.SMEM(shape, jnp.dtype(call.dtype), transforms=TILED)
+
+    loaded = plgpu.Barrier(num_barriers=tiles.stages)
+    consumed = plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages)
+    return (
+        smem(groups, ROWS, d),
+        smem(groups, ROWS, e),
+        smem(tiles.stages, tiles.inner, d),
+        smem(tiles.stages, tiles.inner, e),
+        smem(groups, ROWS, tiles.inner) if staged else None,
+        plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+        loaded,
+        loaded,
+        consumed,
+        consumed,
+    )
+
+
+def _launch(
+    call: Call,
+    operands: Operands,
+    tiles: Tiles,
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    program: Any,
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    names = (*operands, *outputs)
+
+    def entry(*refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        pl.run_scoped(
+            lambda *scoped: program(named, Buffers(*scoped)),
+            *_buffers(call, tiles, staged=interpret is not None),
+            collective_axes="warpgroup",
+        )
+
+    kernel = plgpu.kernel(
+        entry,
+        out_type=list(outputs.values()),
+        grid=grid,
+        grid_names=("head", "block", "batch"),
+        num_threads=tiles.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    return dict(zip(outputs, kernel(*operands.values()), strict=True))
+
+
+def _gradient_tile(
+    call: Call,
+    grid: Grid,
+    terms: tuple[Any, Any],
+    queries: Vectors,
+    keys: Vectors | None,
+    j: Any,
+    scores: tuple[Any, Any],
+) -> tuple[Any, Any]:
+    """Probabilities as they multiply dout, and the gradient of the product's logits.
+
+    Args:
+        call: The call.
+        grid: How the tile lies.
+        terms: Factor of the product, and the ALiBi slope or None.
+        queries: Vectors of the queries, with `lse2` and `delta`.
+        keys: Vectors of the keys, None where nothing of the tile is hidden.
+        j: Positions of the keys, or None where nothing needs them.
+        scores: q . k, and dout . v.
+    """
+    s, dp = scores
+    factor, slope = terms
+    x, derivative = tile.logits2(call, grid, s, factor, slope, queries, j)
+    if keys is not None:
+        x = tile.hide(tile.visible(grid, queries, keys, j), x)
+    p = jnp.exp2(x - grid.spread(queries["lse2"], grid.queries))
+    kept = p
+    if call.dropout_rate:
+        keep = tile.kept(call, grid, queries, j)
+        growth = np.float32(1 / (1 - call.dropout_rate))
+        kept = jnp.where(keep, p * growth, np.float32(0))
+        dp = jnp.where(keep, dp * growth, np.float32(0))
+    ds = p * (dp - grid.spread(queries["delta"], grid.queries))
+    return kept, ds if derivative is None else ds * derivative
+
+
+def _row_vectors(call: Call, grid: Grid, refs: tile.Refs, place: tuple[Any, Any, Any]) -> Vectors:
+    """The vectors of the tile's queries, with log2(e) * lse and delta."""
+    b, h, start = place
+    found = tile.query_vectors(call, grid, refs, b, h, start)
+    for name in ("lse2", "delta"):
+        found[name] = grid.load(refs[name].at[b, h], start, grid.queries)
+    return found
+
+
+def _terms(refs: tile.Refs, factor: float, h: Any) -> tuple[Any, Any]:
+    scale = refs["scale"][h] * np.float32(LOG2E) if "scale" in refs else factor
+    return scale, refs["slopes"][h] if "slopes" in refs else None
+
+
+def _needs_positions(call: Call, slope: Any, *, masked: bool) -> bool:
+    return masked or slope is not None or call.dropout_rate > 0
+
+
+def _walk(route: Route, step: Any, carry: Any) -> Any:
+    if route.order is not None:
+        carry = lax.fori_loop(0, route.partial, functools.partial(step, masked=True), carry)
+    return lax.fori_loop(route.partial, route.last, functools.partial(step, masked=False), carry)
+
+
+def _store(ref: Any, index: tuple[Any, ...], value: Any, buffer: Any) -> None:
+    """Write 64 rows: by TMA through the buffer where it has the dtype, else from registers."""
+    if buffer.dtype == ref.dtype:
+        buffer[...] = value.astype(ref.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, ref.at[index])
+        plgpu.wait_smem_to_gmem(0)
+    else:
+        ref[index] = value
+
+
+# --- dq ---
+
+
+def query_gradient(
+    call: Call,
+    operands: Operands,
+    tiles: Tiles,
+    factor: float,
+    dtype: Any,
+    *,
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """Gradient of the product's left side: the sum of ds k over keys.
+
+    Args:
+        call: The call.
+        operands: q, k, v, dout (`operands.rows_of`), the vectors, `lse2`, `delta`, routes if any.
+        tiles: Sizes of the tiles.
+        factor: What makes base-2 logits of the product of q and k where the scale is no array.
+        dtype: Of the result.
+        interpret: Parameters of the interpreter, None = compile.
+
+    Returns:
+        `dq` in the call's layout, padded to whole blocks; with ALiBi `dslopes` (B, N, T padded), the
+        share of each query in the gradient of its head's slope.
+    """
+    blocks = plan(call, tiles.outer, tiles.inner)
+    length = blocks.queries.count * tiles.outer
+    sizes = call.sizes() | {"i": length, "d": padded(call.dim)}
+    shape = tuple(sizes[letter] for letter in ROLES["q"][call.layout])
+    outputs = {"dq": jax.ShapeDtypeStruct(shape, dtype)}
+    if "slopes" in operands:
+        rows = (call.batch, call.heads, length)
+        outputs["dslopes"] = jax.ShapeDtypeStruct(rows, jnp.float32)
+    grid = (call.heads, blocks.queries.count, call.batch)
+    program = functools.partial(_query_program, call, tiles, factor)
+    return _launch(call, operands, tiles, outputs, grid, program, interpret)
+
+
+def _query_program(
+    call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers
+) -> None:
+    b, h, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    blocks = plan(call, tiles.outer, tiles.inner)
+    block = lax.axis_index("block")
+    if call.causal:
+        block = blocks.queries.count - 1 - block
+    route = route_of(refs, b, block, blocks.keys.count)
+
+    @pl.when(warpgroup < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(tiles.registers[0], action="increase")
+        _sum_over_keys(call, tiles, factor, refs, buffers, route, (b, h, block, warpgroup))
+
+    @pl.when(warpgroup == tiles.warpgroups)
+    def _load() -> None:
+        plgpu.set_max_registers(tiles.registers[1], action="decrease")
+        group = lax.div(h, jnp.int32(call.group_size))
+
+        def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, key_block: Any) -> None:
+            del n
+            rows = pl.ds(key_block * tiles.inner, tiles.inner)
+            source = refs[name].at[tile.row_index(call, name, b, group, rows)]
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+
+        sides = (
+            ("k", buffers.ring_d, buffers.d_ready, buffers.d_free),
+            ("v", buffers.ring_e, buffers.e_ready, buffers.e_free),
+        )
+        stream(route, route.last, tiles, sides, copy)
+
+
+def _sum_over_keys(
+    call: Call,
+    tiles: Tiles,
+    factor: float,
+    refs: tile.Refs,
+    buffers: Buffers,
+    route: Route,
+    place: tuple[Any, Any, Any, Any],
+) -> None:
+    b, h, block, warpgroup = place
+    grid = Grid(ROWS, tiles.inner, queries=0)
+    start = block * tiles.outer + warpgroup * ROWS
+    rows = pl.ds(start, ROWS)
+    q, dout = buffers.first.at[warpgroup], buffers.second.at[warpgroup]
+    ready = buffers.owned.at[warpgroup]
+    plgpu.copy_gmem_to_smem(refs["q"].at[tile.row_index(call, "q", b, h, rows)], q, ready)
+    plgpu.copy_gmem_to_smem(refs["dout"].at[tile.row_index(call, "out", b, h, rows)], dout, ready)
+    queries = _row_vectors(call, grid, refs, (b, h, start))
+    terms = _terms(refs, factor, h)
+    staged = None if buffers.staged is None else buffers.staged.at[warpgroup]
+    plgpu.barrier_wait(ready)
+
+    def step(n: Any, carry: Any, *, masked: bool) -> Any:
+        slot = lax.rem(n, jnp.int32(tiles.stages))
+        k, v = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
+        plgpu.barrier_wait(buffers.d_ready.at[slot])
+        s = product(q, k.transpose((1, 0)), grid.shape)
+        plgpu.barrier_wait(buffers.e_ready.at[slot])
+        dp = product(dout, v.transpose((1, 0)), grid.shape)
+        plgpu.barrier_arrive(buffers.e_free.at[slot])
+        j = None
+        if _needs_positions(call, terms[1], masked=masked):
+            first = route.block(n) * tiles.inner
+            j = grid.positions(first, 1)
+        keys = tile.key_vectors(grid, refs, b, first) if masked else None
+        _, ds = _gradient_tile(call, grid, terms, queries, keys, j, (s, dp))
+        dq, dslopes = carry
+        if terms[1] is not None:
+            distance = jnp.abs(grid.spread(queries["diagonal"], 0) - j).astype(jnp.float32)
+            dslopes = dslopes - (ds * distance).sum(axis=1)
+        dq = add_product(dq, ds.astype(k.dtype), k, staged)
+        plgpu.barrier_arrive(buffers.d_free.at[slot])
+        return dq, dslopes
+
+    dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
+    dslopes = None
+    if terms[1] is not None:
+        dslopes = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
+    dq, dslopes = _walk(route, step, (dq, dslopes))
+    gradient = 1.0 if "scale" in refs else factor / LOG2E
+    _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * np.float32(gradient), q)
+    if dslopes is not None:
+        refs["dslopes"][b, h, rows] = dslopes
+
+
+# --- dk and dv ---
+
+
+def key_gradients(
+    call: Call,
+    operands: Operands,
+    tiles: Tiles,
+    factor: float,
+    dtypes: dict[str, Any],
+    *,
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """Sums over queries, and over the query heads of each key head: ds q and p dout.
+
+    Args:
+        call: The call.
+        operands: As in `query_gradient`, the routes over queries.
+        tiles: Sizes of the tiles.
+        factor: As in `query_gradient`.
+        dtypes: Of the results, by name: `dk`, `dv`, or one of them.
+        interpret: Parameters of the interpreter, None = compile.
+
+    Returns:
+        The gradients named, in the call's layout, padded to whole blocks.
+    """
+    blocks = plan(call, tiles.inner, tiles.outer)
+    length = blocks.keys.count * tiles.outer
+    sizes = call.sizes() | {"j": length, "d": padded(call.dim), "e": padded(call.v_dim)}
+    outputs = {
+        name: jax.ShapeDtypeStruct(
+            tuple(sizes[letter] for letter in ROLES[name[1:]][call.layout]), dtype
+        )
+        for name, dtype in dtypes.items()
+    }
+    grid = (call.kv_heads, blocks.keys.count, call.batch)
+    program = functools.partial(_key_program, call, tiles, factor)
+    return _launch(call, operands, tiles, outputs, grid, program, interpret)
+
+
+def _key_program(
+    call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers
+) -> None:
+    b, group, block, warpgroup = (
+        lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup")
+    )
+    blocks = plan(call, tiles.inner, tiles.outer)
+    route = route_of(refs, b, block, blocks.queries.count)
+
+    @pl.when(warpgroup < tiles.warpgroups)
+    def _compute() -> None:
+        plgpu.set_max_registers(tiles.registers[0], action="increase")
+        _sum_over_queries(call, tiles, factor, refs, buffers, route, (b, group, block, warpgroup))
+
+    @pl.when(warpgroup == tiles.warpgroups)
+    def _load() -> None:
+        plgpu.set_max_registers(tiles.registers[1], action="decrease")
+
+        def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, query_block: Any) -> None:
+            h = group * call.group_size + lax.div(n, route.last)
+            rows = pl.ds(query_block * tiles.inner, tiles.inner)
+            role = "out" if name == "dout" else name
+            source = refs[name].at[tile.row_index(call, role, b, h, rows)]
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+
+        sides = (
+            ("q", buffers.ring_d, buffers.d_ready, buffers.d_free),
+            ("dout", buffers.ring_e, buffers.e_ready, buffers.e_free),
+        )
+        stream(route, route.last * call.group_size, tiles, sides, copy)
+
+
+def _sum_over_queries(
+    call: Call,
+    tiles: Tiles,
+    factor: float,
+    refs: tile.Refs,
+    buffers: Buffers,
+    route: Route,
+    place: tuple[Any, Any, Any, Any],
+) -> None:
+    b, group, block, warpgroup = place
+    grid = Grid(ROWS, tiles.inner, queries=1)
+    start = block * tiles.outer + warpgroup * ROWS
+    rows = pl.ds(start, ROWS)
+    k, v = buffers.first.at[warpgroup], buffers.second.at[warpgroup]
+    ready = buffers.owned.at[warpgroup]
+    plgpu.copy_gmem_to_smem(refs["k"].at[tile.row_index(call, "k", b, group, rows)], k, ready)
+    plgpu.copy_gmem_to_smem(refs["v"].at[tile.row_index(call, "v", b, group, rows)], v, ready)
+    keys = tile.key_vectors(grid, refs, b, start)
+    staged = None if buffers.staged is None else buffers.staged.at[warpgroup]
+    plgpu.barrier_wait(ready)
+
+    def head(r: Any, carry: Any) -> Any:
+        h = group * call.group_size + r
+        terms = _terms(refs, factor, h)
+        scaled = refs["scale"][h] if "scale" in refs else None
+
+        def step(n: Any, carry: Any, *, masked: bool) -> Any:
+            slot = lax.rem(r * route.last + n, jnp.int32(tiles.stages))
+            queries = _row_vectors(call, grid, refs, (b, h, route.block(n) * tiles.inner))
+            q, dout = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
+            plgpu.barrier_wait(buffers.d_ready.at[slot])
+            s = product(k, q.transpose((1, 0)), grid.shape)
+            plgpu.barrier_wait(buffers.e_ready.at[slot])
+            dp = product(v, dout.transpose((1, 0)), grid.shape) if "dk" in refs else s
+            j = None
+            if _needs_positions(call, terms[1], masked=masked):
+                j = grid.positions(start, 0)
+            p, ds = _gradient_tile(call, grid, terms, queries, keys if masked else None, j, (s, dp))
+            dk, dv = carry
+            if dv is not None:
+                dv = add_product(dv, p.astype(dout.dtype), dout, staged)
+            plgpu.barrier_arrive(buffers.e_free.at[slot])
+            if dk is not None:
+                ds = ds if scaled is None else ds * scaled
+                dk = add_product(dk, ds.astype(q.dtype), q, staged)
+            plgpu.barrier_arrive(buffers.d_free.at[slot])
+            return dk, dv
+
+        return _walk(route, step, carry)
+
+    def zero(name: str, dim: int) -> Any:
+        if name not in refs:
+            return None
+        return plgpu.layout_cast(jnp.zeros((ROWS, padded(dim)), jnp.float32), WGMMA)
+
+    carry = zero("dk", call.dim), zero("dv", call.v_dim)
+    dk, dv = lax.fori_loop(0, call.group_size, head, carry)
+    if dk is not None:
+        gradient = 1.0 if "scale" in refs else factor / LOG2E
+        dk = dk * np.float32(gradient)
+        _store(refs["dk"], tile.row_index(call, "k", b, group, rows), dk, k)
+    if dv is not None:
+        _store(refs["dv"], tile.row_index(call, "v", b, group, rows), dv, v)

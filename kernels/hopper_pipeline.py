@@ -1,0 +1,98 @@
+"""The pipeline of a Hopper kernel: which blocks are walked, loaded by whom, multiplied from where."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flash_attention_jax.kernels._config import Tiles
+from flash_attention_jax.kernels.hopper_tile import Refs, of_batch
+
+
+class Route(NamedTuple):
+    """The inner blocks that a program visits: `partial` ones that are masked, then the others."""
+
+    order: Any  # None = all, in turn
+    partial: Any
+    last: Any
+
+    def block(self, n: Any) -> Any:
+        """Number of the n-th block."""
+        return n if self.order is None else self.order[n]
+
+
+def route_of(refs: Refs, b: Any, outer: Any, count: int) -> Route:
+    """The route of one outer block, of `count` inner blocks in all."""
+    if "order" not in refs:
+        return Route(None, jnp.int32(0), jnp.int32(count))
+    counts = of_batch(refs["counts"], b).at[outer]
+    return Route(of_batch(refs["order"], b).at[outer], counts[0], counts[1])
+
+
+def stream(route: Route, total: Any, tiles: Tiles, sides: Any, copy: Any) -> None:
+    """Load `total` steps, the route again and again, each tile as soon as its slot is free.
+
+    Args:
+        route: The blocks of one round.
+        total: Steps in all, a multiple of the route's.
+        tiles: Sizes of the tiles.
+        sides: (name, buffer, ready, free) of each ring; every arrival at a barrier is waited for
+            exactly once.
+        copy: copy(name, buffer, ready, slot, n, block) starts the copy of step n.
+    """
+    stages = jnp.int32(tiles.stages)
+
+    def number(n: Any) -> Any:
+        return route.block(lax.rem(n, route.last))
+
+    def load(n: Any, block: Any) -> Any:
+        slot = lax.rem(n, stages)
+        # Read the next number before waiting: device memory is slow, and nothing depends on it yet.
+        following = number(n + 1)
+        for name, buffer, ready, free in sides:
+
+            @pl.when(n >= stages)
+            def _(free: Any = free) -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+            copy(name, buffer, ready, slot, n, block)
+        return following
+
+    def drain(n: Any, _: None) -> None:
+        for *_, free in sides:
+            plgpu.barrier_wait(free.at[lax.rem(n, stages)])
+
+    @pl.when(total > 0)
+    def _() -> None:
+        lax.fori_loop(0, total, load, number(jnp.int32(0)))
+        lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+
+def product(left: Any, right: Any, shape: tuple[int, int], then: Any = None) -> jax.Array:
+    """left @ right of two tiles in shared memory; `then` runs while the product is under way."""
+
+    def multiply(acc: Any) -> Any:
+        plgpu.wgmma(acc, left, right)
+        if then is not None:
+            then()
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(acc: jax.Array, left: jax.Array, right: Any, staged: Any) -> jax.Array:
+    """acc + left @ right, `left` in registers, as it feeds a wgmma.
+
+    Where the interpreter runs, which knows no operand in registers, `left` passes through the tile
+    `staged` in shared memory: the one difference between what is interpreted and what runs.
+    """
+    if staged is None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+    staged[...] = left
+    plgpu.commit_smem()
+    return acc + product(staged, right, acc.shape)

@@ -1,0 +1,152 @@
+"""One tile inside a Hopper kernel: its logits in base 2, its mask and its dropout, in registers.
+
+The forward pass and dq hold a tile as (queries, keys); dk and dv hold it as (keys, queries), so that
+probabilities feed the next product from registers. `Grid.queries` says which axis the queries are;
+all else is written once.
+
+    logits2 = log2(e) * softcap(scale * product + alibi),  -inf where not visible
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flash_attention_jax import _dropout
+from flash_attention_jax._call import ROLES, Call
+from flash_attention_jax.kernels.operands import LOG2E
+
+Refs = dict[str, Any]
+Vectors = dict[str, Any]
+
+WGMMA = plgpu.Layout.WGMMA
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How a tile lies: its sizes, and which axis the queries are.
+
+    Attributes:
+        rows: Rows of the tile, the 64 of a warpgroup.
+        columns: Columns of the tile.
+        queries: Axis of the queries, 0 or 1.
+    """
+
+    rows: int
+    columns: int
+    queries: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.rows, self.columns
+
+    def spread(self, vector: Any, axis: int) -> Any:
+        """A vector along `axis`, or a scalar, over the whole tile."""
+        if not getattr(vector, "ndim", 0):
+            return vector
+        return lax.broadcast_in_dim(vector, self.shape, [axis])
+
+    def load(self, ref: Any, start: Any, axis: int) -> jax.Array:
+        """Part of a vector in device memory, laid out along `axis` of the tile."""
+        part = ref.at[pl.ds(start, self.shape[axis])]
+        return plgpu.load(part, layout=WGMMA.reduce(1 - axis), optimized=False)
+
+    def positions(self, start: Any, axis: int) -> jax.Array:
+        """Position of each element along `axis`."""
+        iota = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=WGMMA)
+        return iota + start
+
+
+def row_index(call: Call, name: str, b: Any, h: Any, rows: Any) -> tuple[Any, ...]:
+    """Where the rows of one head lie in q, k, v or out of either layout."""
+    at = {"b": b, "n": h, "k": h, "i": rows, "j": rows}
+    return tuple(at[letter] for letter in ROLES[name][call.layout][:-1])
+
+
+def of_batch(ref: Any, b: Any) -> Any:
+    """One batch of an array that may stand for all of them."""
+    return ref.at[b if ref.shape[0] > 1 else 0]
+
+
+def query_vectors(call: Call, grid: Grid, refs: Refs, b: Any, h: Any, start: Any) -> Vectors:
+    """What the mask, the added terms and dropout need of the tile's queries."""
+    axis = grid.queries
+    found = {
+        name: grid.load(of_batch(refs[name], b), start, axis)
+        for name in ("low", "high", "q_segments", "diagonal")
+        if name in refs
+    }
+    if call.dropout_rate:
+        i = plgpu.layout_cast(
+            lax.broadcasted_iota(jnp.int32, (grid.shape[axis],), 0), WGMMA.reduce(1 - axis)
+        )
+        words = refs["words"][0], refs["words"][1]
+        first, second = _dropout.row_words(words, call.heads, b, h, i + start)
+        found |= {"first": first, "second": second}
+    return found
+
+
+def key_vectors(grid: Grid, refs: Refs, b: Any, start: Any) -> Vectors:
+    """What the mask needs of the tile's keys."""
+    return {
+        name: grid.load(of_batch(refs[name], b), start, 1 - grid.queries)
+        for name in ("kv_segments", "kept")
+        if name in refs
+    }
+
+
+def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any) -> jax.Array:
+    """Which elements of the tile may be seen."""
+    q, k = grid.queries, 1 - grid.queries
+    seen = (j >= grid.spread(queries["low"], q)) & (j < grid.spread(queries["high"], q))
+    if "kv_segments" in keys:
+        seen = seen & (grid.spread(queries["q_segments"], q) == grid.spread(keys["kv_segments"], k))
+    if "kept" in keys:
+        seen = seen & (grid.spread(keys["kept"], k) != 0)
+    return seen
+
+
+def logits2(
+    call: Call, grid: Grid, product: Any, factor: Any, slope: Any, queries: Vectors, j: Any
+) -> tuple[Any, Any]:
+    """Logits in base 2 before the mask, and their derivative by factor * product (None = 1).
+
+    Args:
+        call: The call.
+        grid: How the tile lies.
+        product: q . k.
+        factor: What makes base-2 logits of it, a number; the head's own where the scale is an array.
+        slope: log2(e) times the head's ALiBi slope, or None.
+        queries: Of `query_vectors`.
+        j: Positions of the keys, or None where nothing needs them.
+    """
+    x = product if isinstance(factor, float) and factor == 1.0 else product * factor
+    if slope is not None:
+        distance = jnp.abs(grid.spread(queries["diagonal"], grid.queries) - j)
+        x = x - slope * distance.astype(jnp.float32)
+    if call.softcap is None:
+        return x, None
+    cap = float(call.softcap * LOG2E)
+    # tanh by exp2, whose approximation is exact to two units; the one of tanh is 11 bits.
+    t = 1.0 - 2.0 / (jnp.exp2(x * float(2.0 * LOG2E / cap)) + 1.0)
+    return t * cap, 1.0 - t * t
+
+
+def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:
+    """Which probabilities dropout keeps: the bits of every other engine."""
+    words = tuple(grid.spread(queries[name], grid.queries) for name in ("first", "second"))
+    return _dropout.keep(words, j, call.dropout_rate)
+
+
+def hide(seen: Any, x: Any) -> Any:
+    """-inf where not visible."""
+    return jnp.where(seen, x, np.float32(-np.inf))
