@@ -49,11 +49,13 @@ bench: $(VENV)/.bench $(VENV)/.torch ## measure speed and memory on this CPU
 train: $(VENV)/.train ## train a transformer; ARGS="--help" lists the options
 	$(RUN) -m flash_attention_jax train $(ARGS)
 
-notebooks: $(VENV)/.notebooks ## run every notebook from top to bottom; the results are discarded
+notebooks: $(VENV)/.notebooks ## run every notebook from top to bottom; SAVE=1 keeps the outputs
 	@results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && \
 	for notebook in notebooks/*.ipynb; do \
 	    [ -e "$$notebook" ] || { echo 'There is no notebook yet.'; break; }; \
-	    $(RUN) -m jupyter nbconvert --to notebook --execute --output-dir "$$results" "$$notebook" || exit 1; \
+	    $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False \
+	        --ExecutePreprocessor.coalesce_streams=True \
+	        $(if $(SAVE),--inplace,--output-dir "$$results") "$$notebook" || exit 1; \
 	done
 
 clean: ## remove environments, caches and builds; data/ and runs/ stay
