@@ -1,0 +1,339 @@
+"""A preallocated cache of keys and values for decoding, and attention to it.
+
+    cache = init_cache(batch, length, kv_heads, dim)
+    out, cache = cached_attention(query, key, value, cache)  # one token or many, again and again
+
+The sizes never change, so a jitted step compiles once; with the cache donated
+(`jax.jit(step, donate_argnums=...)`) it is written in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from flash_attention_jax import _check
+from flash_attention_jax._attention import dot_product_attention
+from flash_attention_jax._types import ArrayLike
+
+__all__ = ["KVCache", "append", "cached_attention", "init_cache"]
+
+SET_BY_THE_CACHE = {
+    "is_causal": "Attention to a cache is always causal.",
+    "local_window_size": "Give `window` to init_cache.",
+    "q_offset": "The cache counts its tokens.",
+    "query_seq_lengths": "Give `lengths`, the new tokens of each sequence.",
+    "key_value_seq_lengths": "Give `lengths`, the new tokens of each sequence.",
+    "relative_bias": "Its entries count from the first new token; use alibi_slopes.",
+}
+"""Options of `dot_product_attention` that have no place beside a cache, and what to do instead."""
+
+IN_ORDER_OF_KEYS = ("mask", "bias", "q_segment_ids", "kv_segment_ids")
+"""Options with an axis of keys, which in a ring are not in the order of the tokens."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "lengths"],
+    meta_fields=["window"],
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a batch of sequences; a pytree, made by `init_cache`.
+
+    Position p of a sequence lies in slot p, or in slot p % capacity of a ring.
+
+    Attributes:
+        key: (batch, capacity, kv_heads, dim).
+        value: (batch, capacity, kv_heads, v_dim).
+        lengths: (batch,) int32, the tokens that each sequence has had so far. In a ring they may be
+            more than the capacity.
+        window: how many tokens before its own a query sees; None = all. Static.
+    """
+
+    key: Float[Array, "batch capacity kv_heads dim"]
+    value: Float[Array, "batch capacity kv_heads v_dim"]
+    lengths: Int[Array, " batch"]
+    window: int | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots for tokens of each sequence."""
+        return self.key.shape[1]
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether new tokens take the slots of those that left the window, without end."""
+        return self.window is not None and self.capacity == self.window + 1
+
+
+def init_cache(
+    batch: int,
+    length: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    v_dim: int | None = None,
+    window: int | None = None,
+    dtype: Any = jnp.float32,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+        batch: sequences.
+        length: tokens that each may have in all.
+        kv_heads: heads of keys and values, fewer than those of the queries in grouped attention.
+        dim: features of each key.
+        v_dim: features of each value; None = dim.
+        window: how many tokens before its own a query sees; None = all. Where that is less than
+            `length - 1`, the cache is a ring of `window + 1` slots and may be filled without end.
+        dtype: of keys and values.
+
+    Returns:
+        A cache of `length` slots, or of `window + 1` where these are fewer.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is under 1, or `window` under 0.
+
+    Example:
+        >>> init_cache(2, 1000, 4, 64).key.shape
+        (2, 1000, 4, 64)
+        >>> init_cache(2, 1000, 4, 64, window=255).key.shape
+        (2, 256, 4, 64)
+    """
+    sizes = {"batch": batch, "length": length, "kv_heads": kv_heads, "dim": dim}
+    sizes["v_dim"] = dim if v_dim is None else v_dim
+    for name, size in sizes.items():
+        _check.whole(name, size, least=1)
+    if window is not None:
+        window = _check.whole("window", window, least=0, advice="Use None for all tokens.")
+        length = min(length, window + 1)
+    # Two buffers even where the shapes agree: one array cannot be donated twice.
+    return KVCache(
+        jnp.zeros((batch, length, kv_heads, dim), dtype),
+        jnp.zeros((batch, length, kv_heads, sizes["v_dim"]), dtype),
+        jnp.zeros((batch,), jnp.int32),
+        window,
+    )
+
+
+def append(
+    cache: KVCache,
+    key: Float[ArrayLike, "batch new kv_heads dim"],
+    value: Float[ArrayLike, "batch new kv_heads v_dim"],
+    lengths: Int[ArrayLike, " batch"] | None = None,
+) -> KVCache:
+    """Writes new tokens after those that are there.
+
+    A cache that is no ring can overrun. Where the lengths are known (outside `jit`) that is an
+    error. Inside `jit` it cannot be one: tokens from position `capacity` on are dropped, nobody
+    sees them, and the length stays at `capacity`.
+
+    Args:
+        cache: the cache.
+        key: (batch, new, kv_heads, dim), in the cache's dtype.
+        value: (batch, new, kv_heads, v_dim), in the cache's dtype.
+        lengths: (batch,) integers of 0 .. new: how many of the new tokens each sequence really has,
+            those on the left. None = all.
+
+    Returns:
+        The cache with the new tokens.
+
+    Raises:
+        TypeError: a dtype is not that of the cache.
+        ValueError: a shape does not fit the cache, or the tokens do not (outside `jit`).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> key = jnp.ones((2, 3, 1, 4), jnp.float32)
+        >>> cache = append(init_cache(2, 8, 1, 4), key, key, jnp.array([3, 1]))
+        >>> cache.lengths.tolist()
+        [3, 1]
+    """
+    new = _check_tokens(cache, key, value)
+    before = cache.lengths
+    counts = _check_lengths(cache, lengths, new)
+    _check_room(cache, counts)
+    # Worked out per token: which slot it takes, and `capacity` (nowhere) for those not kept.
+    index = jnp.arange(new, dtype=jnp.int32)[None]
+    slots, kept = before[:, None] + index, index < counts[:, None]
+    after = before + counts
+    if cache.is_ring:
+        kept &= index >= counts[:, None] - cache.capacity
+        slots %= cache.capacity
+    else:
+        after = jnp.minimum(after, cache.capacity)
+    slots = jnp.where(kept, slots, cache.capacity)
+    rows = jnp.arange(before.size, dtype=jnp.int32)[:, None]
+    return dataclasses.replace(
+        cache,
+        key=cache.key.at[rows, slots].set(jnp.asarray(key), mode="drop"),
+        value=cache.value.at[rows, slots].set(jnp.asarray(value), mode="drop"),
+        lengths=after,
+    )
+
+
+def cached_attention(
+    query: Float[ArrayLike, "batch new heads dim"],
+    key: Float[ArrayLike, "batch new kv_heads dim"],
+    value: Float[ArrayLike, "batch new kv_heads v_dim"],
+    cache: KVCache,
+    *,
+    lengths: Int[ArrayLike, " batch"] | None = None,
+    **options: Any,
+) -> tuple[Any, KVCache]:
+    """Causal attention of new tokens to those in the cache and to themselves.
+
+    In any number of calls, with any number of tokens in each, the outputs are those of one causal
+    pass over the whole sequences (with `local_window_size=(window, 0)` if the cache has a window),
+    to rounding.
+
+    A step reads the slots that are filled, in time, and copies nothing as large as the cache,
+    except in a ring with more than one new token or with ALiBi: there the slots are first brought
+    into the order of the tokens. Overrun is as `append` says: an error outside `jit`; inside, a
+    dropped token's query sees the tokens that are stored, and no other.
+
+    Args:
+        query: (batch, new, heads, dim); heads a multiple of kv_heads.
+        key: (batch, new, kv_heads, dim), positions already in it (rotary embedding at
+            `cache.lengths` on).
+        value: (batch, new, kv_heads, v_dim).
+        cache: what was before.
+        lengths: (batch,) integers of 0 .. new: how many of the new tokens each sequence really has,
+            those on the left; the outputs of the others are 0. None = all.
+        **options: keywords of `dot_product_attention`: similarity, scale, logits_soft_cap, sinks,
+            alibi_slopes, implementation, ... If the cache is no ring, also mask, bias and segment
+            ids, whose axis of keys has the length `capacity`.
+
+    Returns:
+        What `dot_product_attention` returns, (batch, new, heads, v_dim), and the cache with the new
+        tokens.
+
+    Raises:
+        TypeError: as `append` and `dot_product_attention` do.
+        ValueError: as those do, or an option that the cache decides.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flash_attention_jax import dot_product_attention
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 10, 2, 16), jnp.float32)
+        >>> whole = dot_product_attention(q, k, v, is_causal=True)
+        >>> cache, parts = init_cache(1, 10, 2, 16), []
+        >>> for new in (slice(0, 8), slice(8, 9), slice(9, 10)):
+        ...     out, cache = cached_attention(q[:, new], k[:, new], v[:, new], cache)
+        ...     parts.append(out)
+        >>> bool(jnp.allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-6))
+        True
+
+    References:
+        Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv:2211.05102, section 2.
+        Jiang et al. 2023, "Mistral 7B", arXiv:2310.06825, figure 2 (the ring).
+    """
+    for name, advice in SET_BY_THE_CACHE.items():
+        if name in options:
+            got = _check.shown(options[name])
+            _check.fail(name, "be left out beside a cache", got, advice)
+    after = append(cache, key, value, lengths)
+    if lengths is not None:
+        options["query_seq_lengths"] = jnp.asarray(lengths).astype(jnp.int32)
+    if not cache.is_ring:
+        out = dot_product_attention(
+            query,
+            after.key,
+            after.value,
+            is_causal=True,
+            local_window_size=None if cache.window is None else (cache.window, 0),
+            q_offset=cache.lengths,
+            key_value_seq_lengths=after.lengths,
+            **options,
+        )
+        return out, after
+    for name in IN_ORDER_OF_KEYS:
+        if options.get(name) is not None:
+            got, advice = _check.shown(options[name]), "Make a cache without a window."
+            _check.fail(name, "be None beside a ring", got, advice)
+    if query.shape[1] == 1 and options.get("alibi_slopes") is None:
+        # What the ring holds after the write is what the one query sees, in whatever order.
+        filled = jnp.minimum(after.lengths, cache.capacity)
+        out = dot_product_attention(
+            query, after.key, after.value, key_value_seq_lengths=filled, **options
+        )
+        return out, after
+    return _attend_in_order(query, key, value, cache, options), after
+
+
+def _attend_in_order(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, cache: KVCache, options: dict[str, Any]
+) -> Any:
+    """Attention to a ring, brought into the order of its tokens, and to the new tokens after it."""
+    capacity, new = cache.capacity, query.shape[1]
+    # Entry j is position lengths - capacity + j, so query i, at lengths + i, is on the diagonal
+    # j = i + capacity, the same for all sequences.
+    slots = (cache.lengths[:, None] + jnp.arange(capacity, dtype=jnp.int32)) % capacity
+    old = (jnp.take_along_axis(x, slots[..., None, None], 1) for x in (cache.key, cache.value))
+    keys, values = (
+        jnp.concatenate((x, jnp.asarray(y)), axis=1) for x, y in zip(old, (key, value), strict=True)
+    )
+    # The entries before position 0 are a segment of their own: no mask of size new * capacity.
+    entries = jnp.arange(capacity + new, dtype=jnp.int32)
+    return dot_product_attention(
+        query,
+        keys,
+        values,
+        is_causal=True,
+        local_window_size=(cache.window, 0),
+        q_offset=capacity,
+        q_segment_ids=jnp.ones((1, new), jnp.int32),
+        kv_segment_ids=(entries >= capacity - cache.lengths[:, None]).astype(jnp.int32),
+        **options,
+    )
+
+
+def _check_tokens(cache: KVCache, key: ArrayLike, value: ArrayLike) -> int:
+    """That keys and values fit the cache; returns how many tokens they are."""
+    for name, x, held in (("key", key, cache.key), ("value", value, cache.value)):
+        _check.floating(name, x)
+        axes = f"(batch, new, kv_heads, dim) = {(held.shape[0], 'new', *held.shape[2:])}"
+        if len(x.shape) != 4 or (x.shape[0], *x.shape[2:]) != (held.shape[0], *held.shape[2:]):
+            advice = "Make the cache for these sizes with init_cache."
+            _check.fail(name, f"have the axes {axes} of the cache", f"{tuple(x.shape)}", advice)
+        if _check.dtype_name(x) != str(held.dtype):
+            advice = "Give `dtype` to init_cache."
+            requirement = f"have the dtype of the cache, {held.dtype}"
+            _check.fail(name, requirement, _check.dtype_name(x), advice, TypeError)
+    if key.shape[1] != value.shape[1]:
+        _check.agree(("key", "value"), "length", (key, value), "Pass both of the same tokens.")
+    return key.shape[1]
+
+
+def _check_lengths(cache: KVCache, lengths: ArrayLike | None, new: int) -> Array:
+    """The new tokens of each sequence, int32, within 0 .. new also where they cannot be seen."""
+    if lengths is None:
+        return jnp.full_like(cache.lengths, new)
+    _check.integer("lengths", lengths)
+    shape = cache.lengths.shape
+    _check.shape_is("lengths", lengths, [shape], f"(batch,) = {shape}", "One per sequence.")
+    _check.lengths_within("lengths", lengths, new)
+    return jnp.clip(jnp.asarray(lengths).astype(jnp.int32), 0, new)
+
+
+def _check_room(cache: KVCache, counts: Array) -> None:
+    """That the cache holds the new tokens, where the lengths can be seen."""
+    before, added = _check.concrete(cache.lengths), _check.concrete(counts)
+    if cache.is_ring or before is None or added is None:
+        return
+    worst = int(np.argmax(before + added))
+    if before[worst] + added[worst] > cache.capacity:
+        _check.fail(
+            "cache",
+            f"have room for the new tokens, {cache.capacity} in all",
+            f"{added[worst]} new ones after {before[worst]} in sequence {worst}",
+            "Give init_cache a larger `length`, or a `window`.",
+        )
