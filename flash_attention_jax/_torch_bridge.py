@@ -1,0 +1,320 @@
+"""The crossing between PyTorch and JAX: tensors in, tensors out, gradients through `jax.vjp`.
+
+A program (a function and its constants) runs on arrays. It turns into the program of its gradient
+(`Gradient`) or of a batch of it (`Batch`), which are called in the same way, and this gives
+derivatives of any order and `torch.func`.
+
+Memory crosses through DLPack without a copy where it is dense and aligned to 64 bytes (what both
+libraries allocate is). Two rules keep each side from writing into the other's memory:
+
+* What backward needs is kept by `save_for_backward`, and where it is the caller's own tensor or
+  the output, as that tensor: torch then counts writes into it, and backward refuses stale values.
+* A result that lies where an input or another result lies is cloned.
+"""
+
+# Where torch is not installed, pyright takes torch.py of this folder for it.
+# pyright: reportAttributeAccessIssue=false, reportInvalidTypeForm=false
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flash_attention_jax import _check
+from flash_attention_jax._optional import needs
+from flash_attention_jax._torch_program import (
+    Batch,
+    Gradient,
+    Program,
+    gradients,
+    value,
+    value_and_tape,
+)
+from flash_attention_jax._torch_read import read
+
+with needs("flash_attention_jax.torch", "torch", extra="torch"):
+    import torch
+
+__all__ = ["jax2torch"]
+
+COMMON = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+COMMON |= {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+"""Dtypes of JAX that torch has too; the others (random keys, 4 bits) stay in JAX."""
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def to_jax(x: Any) -> Any:
+    """The array that shares the tensor's memory, or a copy where it is not dense or aligned."""
+    if isinstance(x, torch.Tensor):
+        return jax.dlpack.from_dlpack(x.detach().resolve_conj().resolve_neg().contiguous())
+    return x
+
+
+def to_torch(arrays: Sequence[Any], beside: Sequence[jax.Array]) -> list[Any]:
+    """Tensors that share the arrays' memory, but none with another of them or with `beside`."""
+    # On a CPU, JAX may still be reading what the caller is free to write once this returns. On a
+    # GPU the streams wait for each other, which DLPack sees to.
+    if arrays and next(iter(arrays[0].devices())).platform == "cpu":
+        jax.block_until_ready(arrays)
+    taken = {x.unsafe_buffer_pointer() for x in beside if x.dtype.name in COMMON}
+    tensors = []
+    for index, array in enumerate(arrays):
+        if array.dtype.name not in COMMON:
+            raise TypeError(
+                f"Output {index} must have a dtype that torch has, got {array.dtype}. "
+                "Cast it in the function (a random key by jax.random.key_data)."
+            )
+        tensor = torch.from_dlpack(array)
+        tensor = tensor.clone() if tensor.data_ptr() in taken else tensor
+        taken.add(tensor.data_ptr())
+        tensors.append(tensor)
+    return tensors
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+class _Saved(torch.autograd.Function):
+    """Forward keeps what the pullback needs; used outside of `torch.func`."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, *leaves: Any) -> Any:
+        """The output leaves, and after them their structure."""
+        wanted = tuple(ctx.needs_input_grad[1:])
+        arrays = [to_jax(x) for x in leaves]
+        outs, own, tape = value_and_tape(program, wanted, arrays)
+        tensors = to_torch(outs, arrays)
+        exported = [x.dtype.name in COMMON for x in own]
+        ctx.program, ctx.wanted, ctx.tape = program, wanted, tape
+        ctx.foreign = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+        ctx.own = [None if known else x for x, known in zip(own, exported, strict=True)]
+        saved_outs = {i for kind, i in tape.sources if kind == "out"}
+        ctx.saved_outs = sorted(saved_outs)
+        ctx.save_for_backward(
+            *(x for x in leaves if isinstance(x, torch.Tensor)),
+            *(tensors[i] for i in ctx.saved_outs),
+            *(torch.from_dlpack(x) for x, known in zip(own, exported, strict=True) if known),
+        )
+        ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
+        ctx.set_materialize_grads(False)
+        return *tensors, tape.tree
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        """None, and a gradient for each leaf."""
+        cotangents = cotangents[:-1]  # after those of the outputs, that of their structure
+        if any(_older_batch(ct) for ct in cotangents if ct is not None):
+            raise NotImplementedError(OLDER_BATCH)
+        saved = iter(ctx.saved_tensors)
+        leaves = [next(saved) if x is None else x for x in ctx.foreign]
+        if torch.is_grad_enabled() or _transforming():
+            # The residuals are constants to torch; the gradient of a gradient starts anew.
+            return None, *_differentiable_gradients(ctx.program, ctx.wanted, leaves, cotangents)
+        outs = {i: next(saved) for i in ctx.saved_outs}
+        own = [next(saved) if x is None else x for x in ctx.own]
+        places = {"array": leaves, "out": outs, "own": own}
+        residuals = [to_jax(places[kind][i]) for kind, i in ctx.tape.sources]
+        given = [None if ct is None else to_jax(ct) for ct in cotangents]
+        grads = gradients(ctx.tape, residuals, given)
+        beside = [*residuals, *(ct for ct in given if ct is not None)]
+        rest = iter(to_torch(grads, beside))
+        return None, *(next(rest) if w else None for w in ctx.wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(FORWARD_MODE)
+
+
+class _Transformed(torch.autograd.Function):
+    """Forward keeps the arguments alone; used inside of `torch.func`."""
+
+    @staticmethod
+    def forward(program: Program, *leaves: Any) -> Any:
+        """The output leaves, and after them their structure."""
+        outs, tree = _run(program, leaves)
+        return *outs, tree
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep the arguments."""
+        ctx.program, *leaves = inputs
+        ctx.foreign = [None if isinstance(x, torch.Tensor) else x for x in leaves]
+        ctx.save_for_backward(*(x for x in leaves if isinstance(x, torch.Tensor)))
+        ctx.mark_non_differentiable(*(x for x in output[:-1] if not _differentiable(x)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        """None, and a gradient for each leaf."""
+        saved = iter(ctx.saved_tensors)
+        leaves = [next(saved) if x is None else x for x in ctx.foreign]
+        wanted = tuple(ctx.needs_input_grad[1:])
+        return None, *_differentiable_gradients(ctx.program, wanted, leaves, cotangents[:-1])
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """`torch.vmap` by `jax.vmap`."""
+        del info
+        program, *leaves = args
+        batch = read(Batch(program, tuple(in_dims[1:])), (list(leaves),), {})[0]
+        *outs, tree = _Transformed.apply(batch, *leaves)
+        return (*outs, tree), (*(0 for _ in outs), None)
+
+
+def _differentiable(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _transforming() -> bool:
+    """Whether a transform of `torch.func` is under way; torch has no public word for it."""
+    return torch._C._are_functorch_transforms_active()  # noqa: SLF001
+
+
+def _older_batch(x: torch.Tensor) -> bool:
+    """Whether it is a batch of the kind that came before `torch.func`, whose memory has no name."""
+    functorch: Any = torch._C._functorch  # noqa: SLF001
+    return functorch.is_legacy_batchedtensor(x)
+
+
+def _differentiable_gradients(
+    program: Program, wanted: tuple[bool, ...], leaves: list[Any], cotangents: Sequence[Any]
+) -> list[Any]:
+    """A gradient or None for each leaf, with a graph of their own."""
+    gradient, tensors = read(Gradient(program, wanted), (leaves, list(cotangents)), {})
+    rest = iter(call(gradient, tensors))
+    return [next(rest) if w else None for w in wanted]
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+def call(program: Program, arrays: Sequence[Any]) -> Any:
+    """Runs a program; the result has its structure, with tensors for arrays.
+
+    Raises:
+        NotImplementedError: A derivative in forward mode.
+    """
+    if any(
+        isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+        for x in arrays
+    ):
+        raise NotImplementedError(FORWARD_MODE)
+    if _transforming():
+        *outs, tree = _Transformed.apply(program, *arrays)
+    elif torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in arrays
+    ):
+        *outs, tree = _Saved.apply(program, *arrays)
+    else:
+        outs, tree = _run(program, arrays)
+    return tree.unflatten(outs)
+
+
+def _run(program: Program, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
+    """The output leaves and their structure, without gradients."""
+    given = [to_jax(x) for x in arrays]
+    outs, tree = jax.tree.flatten(value(program, given))
+    return to_torch(outs, given), tree
+
+
+FORWARD_MODE = (
+    "A JAX function called from torch must be differentiated in reverse mode, got a forward "
+    "derivative (torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad). Use "
+    "torch.func.grad, vjp or jacrev, or jax.jvp on the JAX function."
+)
+
+OLDER_BATCH = (
+    "Gradients of a JAX function must be batched by torch.func, got a batch of the older kind "
+    "(is_grads_batched=True, or vectorize=True). Use torch.func.jacrev or torch.func.vmap."
+)
+
+
+# --- the public function ----------------------------------------------------------------------
+
+
+def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A JAX function as a function of torch tensors, with gradients.
+
+    Arguments may be nested in any structure that JAX knows (lists, tuples, dicts, dataclasses that
+    are registered), by position or keyword:
+
+    * tensors, dense, on one CPU or CUDA device, strided in any way, are JAX arrays inside, without
+      a copy where they are contiguous;
+    * arrays of NumPy and JAX (random keys, say) are what they are, without gradients;
+    * None is None; everything else (numbers, strings, functions) is a constant.
+
+    `fn` runs under `jax.jit`: traced once for each set of shapes, dtypes and constants, so a number
+    that changes with each call is better passed as a tensor. Its results, any structure of arrays,
+    become tensors; those of integers and booleans have no gradient.
+
+    Gradients are those of `jax.vjp`, with respect to the tensors that require one and no others,
+    and to any order; under `torch.no_grad` none is prepared. Every tensor argument counts as needed
+    for backward, so writing into one in between raises torch's error, and so does writing into a
+    result that backward needs. No result shares memory with an argument or with another result.
+    Backward over the graph of a gradient (`create_graph=True`) and `torch.func` (grad, vjp, jacrev,
+    vmap) compute the forward pass anew. Forward mode is refused. Under `torch.compile` the call is
+    a break in the graph; `fullgraph=True` is refused by torch.
+
+    Args:
+        fn: Function of JAX arrays, with a hash (as functions and their partials have), free of side
+            effects as `jax.jit` wants it.
+
+    Returns:
+        The function of tensors, under the name of `fn`.
+
+    Raises:
+        TypeError: `fn` is no function or has no hash. When called: a tensor that is sparse, nested
+            or quantised, of 64 bits while JAX's x64 is off, or neither on a CPU nor on CUDA; an
+            argument without a hash; a result of a dtype that torch lacks.
+        ValueError: When called: tensors on different devices.
+        RuntimeError: When called: CUDA tensors, and a JAX without CUDA.
+        NotImplementedError: When called: a derivative in forward mode, or batched with
+            `is_grads_batched`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, torch
+        >>> from flash_attention_jax.torch import jax2torch
+        >>> layer = jax2torch(lambda params, x: jnp.tanh(x @ params["w"] + params["b"]))
+        >>> params = {"w": torch.ones(3, 2, requires_grad=True), "b": torch.zeros(2)}
+        >>> layer(params, torch.ones(5, 3)).sum().backward()
+        >>> params["w"].grad.shape
+        torch.Size([3, 2])
+
+    References:
+        DLPack, https://dmlc.github.io/dlpack/latest/python_spec.html
+    """
+    if not callable(fn):
+        got = type(fn).__name__
+        _check.fail("fn", "be a function", got, "Pass the function, not its result.", TypeError)
+    try:
+        hash(fn)
+    except TypeError:
+        got, advice = f"a {type(fn).__name__} without one", "Wrap it in a function."
+        _check.fail("fn", "have a hash, by which it is compiled once", got, advice, TypeError)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*read(fn, args, kwargs))
+
+    # torch.compile must not look into JAX. This loads its compiler, a second's work, when called.
+    outside_of_compiled_code = torch._disable_dynamo(run)  # noqa: SLF001
+
+    @functools.wraps(fn)
+    def on_tensors(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break("a JAX function cannot be compiled by torch")  # noqa: SLF001
+            return outside_of_compiled_code(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return on_tensors
