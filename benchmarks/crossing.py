@@ -1,0 +1,195 @@
+"""Measure what it costs to call JAX from PyTorch, and how our attention does there beside torch's.
+
+python benchmarks/crossing.py --out benchmarks/results/crossing.json
+python benchmarks/crossing.py --lengths 256 512 --rounds 5
+
+Each row is (1, 8, length, 64) tensors, forward or forward and backward. A crossing is the time of a
+function that reads three tensors and returns one number, called through `jax2torch`, less that of
+the same function jitted and called on JAX arrays, in the same round. Memory is not copied, so the
+length should not show; its backward makes three arrays of zeros in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import measure
+import tables
+
+import flash_attention_jax
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+HEADS, DIM = 8, 64
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+SECONDS = 15.0  # per row, beyond which no round is begun that is not needed
+LEAST = 3  # rounds that are
+CALLS = 20  # of the empty function per round: one is too short for a clock
+PASSES = ("forward", "forward+backward")
+
+
+def probe(q: Any, k: Any, v: Any) -> Any:
+    """A function of three arrays that does nothing to speak of."""
+    return q[0, 0, 0, 0] + k[0, 0, 0, 0] + v[0, 0, 0, 0]
+
+
+def why_not(device: str) -> str | None:
+    """Why nothing can be measured on a device."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "torch is not installed"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if device == "cuda" and jax.default_backend() != "gpu":
+        return "JAX has no CUDA here: pip install 'flash-attention-jax[cuda13]'"
+    return None
+
+
+def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], None]]:
+    """What is timed; each returns when its work is done."""
+    import torch
+
+    from flash_attention_jax.torch import jax2torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape, dtype = (1, HEADS, length, DIM), getattr(torch, DTYPES[device])
+    q, k, v, ct = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    qkv = [x.requires_grad_(backward) for x in (q, k, v)]
+    arrays = [jax.dlpack.from_dlpack(x.detach()) for x in (q, k, v)]
+
+    def of_torch(function: Callable[..., Any], calls: int = 1) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                out = function(*qkv)
+                if backward:
+                    torch.autograd.grad(out, qkv, ct if out.dim() else None)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    def of_jax(function: Callable[..., Any], calls: int = 1) -> Callable[[], None]:
+        jitted = jax.jit(function)
+        weights = jax.dlpack.from_dlpack(ct)
+        with_gradients = jax.jit(lambda q, k, v, ct: jax.vjp(function, q, k, v)[1](ct))
+
+        def run() -> None:
+            for _ in range(calls):
+                if backward:
+                    weight = weights if function is not probe else weights[0, 0, 0, 0]
+                    done = with_gradients(*arrays, weight)
+                else:
+                    done = jitted(*arrays)
+                jax.block_until_ready(done)
+
+        return run
+
+    ours = flash_attention_jax.flash_attention
+    return {
+        "empty, crossing": of_torch(jax2torch(probe), CALLS),
+        "empty, JAX alone": of_jax(probe, CALLS),
+        "ours, from torch": of_torch(jax2torch(ours)),
+        "ours, JAX alone": of_jax(ours),
+        "torch SDPA": of_torch(torch.nn.functional.scaled_dot_product_attention),
+    }
+
+
+def row(device: str, length: int, backward: bool, rounds: int) -> dict[str, Any]:
+    """One length and pass, in microseconds."""
+    todo = cases(device, length, backward)
+    for run in todo.values():
+        run()  # compiles
+    times = list(measure.interleaved(todo, rounds, at_least=LEAST, seconds=SECONDS))
+    crossing = [(t["empty, crossing"] - t["empty, JAX alone"]) / CALLS for t in times]
+    found: dict[str, Any] = {"device": device, "length": length, "pass": PASSES[backward]}
+    found |= {"dtype": DTYPES[device], "rounds": len(times), "crossing": _micro(crossing)}
+    for name in ("ours, from torch", "ours, JAX alone", "torch SDPA"):
+        found[name] = _micro([t[name] for t in times])
+    ratio = measure.ratio([t["torch SDPA"] for t in times], [t["ours, from torch"] for t in times])
+    found["torch SDPA / ours"] = round(ratio.median, 2)
+    return found
+
+
+def _micro(seconds: Sequence[float]) -> dict[str, float]:
+    summary = measure.summarize(seconds)
+    return {name: round(1e6 * getattr(summary, name), 1) for name in ("median", "low", "high")}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as Markdown, times in microseconds; what was not measured has its reason."""
+    header = ("device", "length", "pass", "crossing, µs", "its quartiles", "ours from torch, µs")
+    header += ("ours in JAX, µs", "torch SDPA, µs", "torch SDPA / ours")
+    lines = []
+    for found in record["rows"]:
+        if "reason" in found:
+            lines.append((found["device"], "–", f"not measured: {found['reason']}", *["–"] * 6))
+            continue
+        crossing = found["crossing"]
+        lines.append(
+            (
+                found["device"],
+                str(found["length"]),
+                found["pass"],
+                f"{crossing['median']:.0f}",
+                f"{crossing['low']:.0f} – {crossing['high']:.0f}",
+                *(
+                    f"{found[name]['median']:.0f}"
+                    for name in ("ours, from torch", "ours, JAX alone", "torch SDPA")
+                ),
+                f"{found['torch SDPA / ours']:.2f}x",
+            )
+        )
+    return tables.markdown(header, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description="Measure what a call from PyTorch to JAX costs.")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N")
+    parser.add_argument("--devices", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=15, help="fewer where they take long")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    chosen = parser.parse_args(arguments)
+    for name, least in (("lengths", min(chosen.lengths)), ("rounds", chosen.rounds)):
+        if least < 1:
+            print(f"crossing.py: --{name} must be at least 1, got {least}.", file=sys.stderr)
+            return 2
+
+    rows: list[dict[str, Any]] = []
+    for device in chosen.devices:
+        if reason := why_not(device):
+            rows.append({"device": device, "reason": reason})
+            continue
+        for length in chosen.lengths:
+            for backward in (False, True):
+                rows.append(row(device, length, backward, chosen.rounds))
+                print(f"{device} {length} {PASSES[backward]} done", file=sys.stderr, flush=True)
+    words = ["python benchmarks/crossing.py"]
+    if tuple(chosen.lengths) != LENGTHS:
+        words.append("--lengths " + " ".join(map(str, chosen.lengths)))
+    words += [f"--rounds {chosen.rounds}"] if chosen.rounds != 15 else []
+    record = {
+        "format": tables.FORMAT,
+        "name": "crossing",
+        "command": " ".join(words),
+        "date": measure.now(),
+        "git": measure.commit(),
+        "machine": measure.machine(),
+        "versions": measure.versions(),
+        "rows": rows,
+    }
+    print(table(record))
+    if chosen.out is not None:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
