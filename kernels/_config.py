@@ -49,19 +49,19 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers per thread of a computing and of the loading warpgroup; 504 in all at most."""
-        return {1: (240, 40), 2: (232, 40), 3: (160, 24)}[self.warpgroups]
+        return {1: (256, 40), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
 
 
 # By the larger padded dimension of (q and k, v).
 TABLE: dict[Pass, dict[int, Tiles]] = {
     "forward": {
-        64: Tiles(3, 128, 2),
+        64: Tiles(2, 128, 2),
         128: Tiles(2, 128, 2),
         192: Tiles(2, 64, 2),
         256: Tiles(2, 64, 2),
     },
-    "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 64, 2), 256: Tiles(1, 64, 2)},
-    "dkv": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 64, 2), 256: Tiles(1, 64, 2)},
+    "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
+    "dkv": {64: Tiles(2, 64, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
 }
 
 

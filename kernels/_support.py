@@ -45,7 +45,7 @@ def interpreter(call: Call) -> Any:
     """Parameters of the kernels' interpreter for a call, None where they are compiled."""
     if not call.interpret:
         return None
-    from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: PLC0415 (only where it is used)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.InterpretGPUParams(detect_races=True)
 

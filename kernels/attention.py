@@ -7,7 +7,6 @@ attention) is that of the reference engine, which nests to any order.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 

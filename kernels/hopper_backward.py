@@ -14,6 +14,7 @@ second kernel runs once for each.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from flash_attention_jax.kernels.hopper_pipeline import (
     route_of,
     stream,
 )
-from flash_attention_jax.kernels.hopper_tile import TILED, WGMMA, Grid, Vectors
+from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, Vectors, tiled
 from flash_attention_jax.kernels.operands import LOG2E, Operands, plan
 
 
@@ -56,7 +57,7 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
     d, e, groups = padded(call.dim), padded(call.v_dim), tiles.warpgroups
 
     def smem(*shape: int) -> Any:
-        return plgpu.SMEM(shape, jnp.dtype(call.dtype), transforms=TILED)
+        return plgpu.SMEM(shape, jnp.dtype(call.dtype), transforms=tiled(tiles.inner))
 
     loaded = plgpu.Barrier(num_barriers=tiles.stages)
     consumed = plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages)
@@ -93,6 +94,7 @@ def _launch(
             collective_axes="warpgroup",
         )
 
+    entry.__name__ = entry.__qualname__ = "hopper_" + "_".join(outputs)
     kernel = plgpu.kernel(
         entry,
         out_type=list(outputs.values()),
@@ -106,49 +108,47 @@ def _launch(
     return dict(zip(outputs, kernel(*operands.values()), strict=True))
 
 
-def _gradient_tile(
+def _probabilities(
     call: Call,
     grid: Grid,
     terms: tuple[Any, Any],
     queries: Vectors,
     keys: Vectors | None,
     j: Any,
-    scores: tuple[Any, Any],
+    s: Any,
+    lse2: Callable[[], Any],
 ) -> tuple[Any, Any]:
-    """Probabilities as they multiply dout, and the gradient of the product's logits.
+    """Probabilities of a tile from q . k, and the derivative of its logits by factor * q . k.
 
     Args:
         call: The call.
         grid: How the tile lies.
         terms: Factor of the product, and the ALiBi slope or None.
-        queries: Vectors of the queries, with `lse2` and `delta`.
+        queries: Vectors of the queries.
         keys: Vectors of the keys, None where nothing of the tile is hidden.
         j: Positions of the keys, or None where nothing needs them.
-        scores: q . k, and dout . v.
+        s: q . k.
+        lse2: Gives log2(e) * lse of the queries. Asked late, when what the mask needed is done
+            with: a vector along the columns takes as many registers as a quarter of the tile.
     """
-    s, dp = scores
     factor, slope = terms
     x, derivative = tile.logits2(call, grid, s, factor, slope, queries, j)
     if keys is not None:
         x = tile.hide(tile.visible(grid, queries, keys, j), x)
-    p = jnp.exp2(x - grid.spread(queries["lse2"], grid.queries))
-    kept = p
-    if call.dropout_rate:
-        keep = tile.kept(call, grid, queries, j)
-        growth = np.float32(1 / (1 - call.dropout_rate))
-        kept = jnp.where(keep, p * growth, np.float32(0))
-        dp = jnp.where(keep, dp * growth, np.float32(0))
-    ds = p * (dp - grid.spread(queries["delta"], grid.queries))
-    return kept, ds if derivative is None else ds * derivative
+    return jnp.exp2(x - grid.spread(lse2(), grid.queries)), derivative
 
 
-def _row_vectors(call: Call, grid: Grid, refs: tile.Refs, place: tuple[Any, Any, Any]) -> Vectors:
-    """The vectors of the tile's queries, with log2(e) * lse and delta."""
-    b, h, start = place
-    found = tile.query_vectors(call, grid, refs, b, h, start)
-    for name in ("lse2", "delta"):
-        found[name] = grid.load(refs[name].at[b, h], start, grid.queries)
-    return found
+def _dropped(call: Call, grid: Grid, queries: Vectors, j: Any, x: Any) -> Any:
+    """Probabilities, or gradients of them, after dropout."""
+    if not call.dropout_rate:
+        return x
+    growth = np.float32(1 / (1 - call.dropout_rate))
+    return jnp.where(tile.kept(call, grid, queries, j), x * growth, np.float32(0))
+
+
+def _logit_gradient(grid: Grid, p: Any, dp: Any, delta: Any, derivative: Any) -> Any:
+    ds = p * (dp - grid.spread(delta, grid.queries))
+    return ds if derivative is None else ds * derivative
 
 
 def _terms(refs: tile.Refs, factor: float, h: Any) -> tuple[Any, Any]:
@@ -266,7 +266,9 @@ def _sum_over_keys(
     ready = buffers.owned.at[warpgroup]
     plgpu.copy_gmem_to_smem(refs["q"].at[tile.row_index(call, "q", b, h, rows)], q, ready)
     plgpu.copy_gmem_to_smem(refs["dout"].at[tile.row_index(call, "out", b, h, rows)], dout, ready)
-    queries = _row_vectors(call, grid, refs, (b, h, start))
+    queries = tile.query_vectors(call, grid, refs, (b, h, start))
+    lse2 = grid.load(refs["lse2"].at[b, h], start, 0)
+    delta = grid.load(refs["delta"].at[b, h], start, 0)
     terms = _terms(refs, factor, h)
     staged = None if buffers.staged is None else buffers.staged.at[warpgroup]
     plgpu.barrier_wait(ready)
@@ -284,7 +286,9 @@ def _sum_over_keys(
             first = route.block(n) * tiles.inner
             j = grid.positions(first, 1)
         keys = tile.key_vectors(grid, refs, b, first) if masked else None
-        _, ds = _gradient_tile(call, grid, terms, queries, keys, j, (s, dp))
+        p, derivative = _probabilities(call, grid, terms, queries, keys, j, s, lambda: lse2)
+        dp = _dropped(call, grid, queries, j, dp)
+        ds = _logit_gradient(grid, p, dp, delta, derivative)
         dq, dslopes = carry
         if terms[1] is not None:
             distance = jnp.abs(grid.spread(queries["diagonal"], 0) - j).astype(jnp.float32)
@@ -403,21 +407,29 @@ def _sum_over_queries(
 
         def step(n: Any, carry: Any, *, masked: bool) -> Any:
             slot = lax.rem(r * route.last + n, jnp.int32(tiles.stages))
-            queries = _row_vectors(call, grid, refs, (b, h, route.block(n) * tiles.inner))
+            first = route.block(n) * tiles.inner
+            queries = tile.query_vectors(call, grid, refs, (b, h, first), masked=masked)
+            lse2 = functools.partial(grid.load, refs["lse2"].at[b, h], first, 1)
             q, dout = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
             plgpu.barrier_wait(buffers.d_ready.at[slot])
             s = product(k, q.transpose((1, 0)), grid.shape)
+            needed = _needs_positions(call, terms[1], masked=masked)
+            j = grid.positions(start, 0) if needed else None
+            seen = keys if masked else None
+            p, derivative = _probabilities(call, grid, terms, queries, seen, j, s, lse2)
             plgpu.barrier_wait(buffers.e_ready.at[slot])
-            dp = product(v, dout.transpose((1, 0)), grid.shape) if "dk" in refs else s
-            j = None
-            if _needs_positions(call, terms[1], masked=masked):
-                j = grid.positions(start, 0)
-            p, ds = _gradient_tile(call, grid, terms, queries, keys if masked else None, j, (s, dp))
             dk, dv = carry
             if dv is not None:
-                dv = add_product(dv, p.astype(dout.dtype), dout, staged)
+                kept = _dropped(call, grid, queries, j, p)
+                dv = add_product(dv, kept.astype(dout.dtype), dout, staged)
+            if dk is not None:
+                # Read late: its registers are those that lse had.
+                delta = grid.load(refs["delta"].at[b, h], first, 1)
+                dp = product(v, dout.transpose((1, 0)), grid.shape)
+                dp = _dropped(call, grid, queries, j, dp)
             plgpu.barrier_arrive(buffers.e_free.at[slot])
             if dk is not None:
+                ds = _logit_gradient(grid, p, dp, delta, derivative)
                 ds = ds if scaled is None else ds * scaled
                 dk = add_product(dk, ds.astype(q.dtype), q, staged)
             plgpu.barrier_arrive(buffers.d_free.at[slot])

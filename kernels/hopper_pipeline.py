@@ -74,7 +74,7 @@ def stream(route: Route, total: Any, tiles: Tiles, sides: Any, copy: Any) -> Non
 
 
 def product(left: Any, right: Any, shape: tuple[int, int], then: Any = None) -> jax.Array:
-    """left @ right of two tiles in shared memory; `then` runs while the product is under way."""
+    """Left @ right of two tiles in shared memory; `then` runs while the product is under way."""
 
     def multiply(acc: Any) -> Any:
         plgpu.wgmma(acc, left, right)
@@ -86,7 +86,7 @@ def product(left: Any, right: Any, shape: tuple[int, int], then: Any = None) -> 
 
 
 def add_product(acc: jax.Array, left: jax.Array, right: Any, staged: Any) -> jax.Array:
-    """acc + left @ right, `left` in registers, as it feeds a wgmma.
+    """Acc + left @ right, `left` in registers, as it feeds a wgmma.
 
     Where the interpreter runs, which knows no operand in registers, `left` passes through the tile
     `staged` in shared memory: the one difference between what is interpreted and what runs.

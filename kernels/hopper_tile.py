@@ -27,7 +27,15 @@ Refs = dict[str, Any]
 Vectors = dict[str, Any]
 
 WGMMA = plgpu.Layout.WGMMA
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def tiled(inner: int) -> tuple[Any, ...]:
+    """How tiles lie in shared memory: a wgmma over `inner` rows wants swizzled lines no longer."""
+    return (
+        (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        if inner % 64 == 0
+        else (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +85,19 @@ def of_batch(ref: Any, b: Any) -> Any:
     return ref.at[b if ref.shape[0] > 1 else 0]
 
 
-def query_vectors(call: Call, grid: Grid, refs: Refs, b: Any, h: Any, start: Any) -> Vectors:
-    """What the mask, the added terms and dropout need of the tile's queries."""
+def query_vectors(
+    call: Call, grid: Grid, refs: Refs, place: tuple[Any, Any, Any], *, masked: bool = True
+) -> Vectors:
+    """What the added terms, dropout and, where `masked`, the mask need of the tile's queries.
+
+    `place` is the batch, the head and the first query.
+    """
+    b, h, start = place
     axis = grid.queries
+    names = ("low", "high", "q_segments") if masked else ()
     found = {
         name: grid.load(of_batch(refs[name], b), start, axis)
-        for name in ("low", "high", "q_segments", "diagonal")
+        for name in (*names, "diagonal")
         if name in refs
     }
     if call.dropout_rate:
@@ -107,7 +122,9 @@ def key_vectors(grid: Grid, refs: Refs, b: Any, start: Any) -> Vectors:
 def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any) -> jax.Array:
     """Which elements of the tile may be seen."""
     q, k = grid.queries, 1 - grid.queries
-    seen = (j >= grid.spread(queries["low"], q)) & (j < grid.spread(queries["high"], q))
+    seen = j < grid.spread(queries["high"], q)
+    if "low" in queries:
+        seen = seen & (j >= grid.spread(queries["low"], q))
     if "kv_segments" in keys:
         seen = seen & (grid.spread(queries["q_segments"], q) == grid.spread(keys["kv_segments"], k))
     if "kept" in keys:

@@ -19,7 +19,7 @@ from flash_attention_jax import _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._similarity import needs_running_maximum
 from flash_attention_jax._tiles import Axis, Plan
-from flash_attention_jax.kernels._config import COLUMNS, Tiles
+from flash_attention_jax.kernels._config import COLUMNS
 
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
@@ -108,7 +108,8 @@ def vectors(call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int) -> Op
     found: Operands = {}
     low, high = _masks.key_ranges(call, arrays)
     # A padded query has an empty range; a key past the end lies in none.
-    found["low"] = pad_axis(low, 1, q_multiple)
+    if _masks.band(call)[0] is not None:
+        found["low"] = pad_axis(low, 1, q_multiple)
     found["high"] = pad_axis(high, 1, q_multiple)
     if arrays.q_segment_ids is not None:
         found["q_segments"] = pad_axis(arrays.q_segment_ids, 1, q_multiple)
