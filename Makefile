@@ -53,7 +53,7 @@ notebooks: $(VENV)/.notebooks ## run every notebook from top to bottom; SAVE=1 k
 	@results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && \
 	for notebook in notebooks/*.ipynb; do \
 	    [ -e "$$notebook" ] || { echo 'There is no notebook yet.'; break; }; \
-	    $(RUN) -m jupyter nbconvert --to notebook --execute --CoalesceStreamsPreprocessor.enabled=True \
+	    $(RUN) -m jupyter nbconvert --to notebook --execute \
 	        --ExecutePreprocessor.record_timing=False \
 	        $(if $(SAVE),--inplace,--output-dir "$$results") "$$notebook" || exit 1; \
 	done
