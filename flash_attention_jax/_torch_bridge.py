@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flash_attention_jax import _check
 from flash_attention_jax._optional import needs
@@ -41,8 +42,13 @@ with needs("flash_attention_jax.torch", "torch", extra="torch"):
 
 __all__ = ["jax2torch"]
 
-COMMON = {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-COMMON |= {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+COMMON = {
+    jnp.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    )
+}
 """Dtypes of JAX that torch has too; the others (random keys, 4 bits) stay in JAX."""
 
 
@@ -58,14 +64,12 @@ def to_jax(x: Any) -> Any:
 
 def to_torch(arrays: Sequence[Any], beside: Sequence[jax.Array]) -> list[Any]:
     """Tensors that share the arrays' memory, but none with another of them or with `beside`."""
-    # On a CPU, JAX may still be reading what the caller is free to write once this returns. On a
-    # GPU the streams wait for each other, which DLPack sees to.
-    if arrays and next(iter(arrays[0].devices())).platform == "cpu":
-        jax.block_until_ready(arrays)
-    taken = {x.unsafe_buffer_pointer() for x in beside if x.dtype.name in COMMON}
+    # JAX may still be at work, and reading what the caller is free to write once this returns. On a
+    # CPU, exporting an array waits until it is there; on a GPU, torch's stream waits, by DLPack.
+    taken = {x.unsafe_buffer_pointer() for x in beside if x.dtype in COMMON}
     tensors = []
     for index, array in enumerate(arrays):
-        if array.dtype.name not in COMMON:
+        if array.dtype not in COMMON:
             raise TypeError(
                 f"Output {index} must have a dtype that torch has, got {array.dtype}. "
                 "Cast it in the function (a random key by jax.random.key_data)."
@@ -90,7 +94,7 @@ class _Saved(torch.autograd.Function):
         arrays = [to_jax(x) for x in leaves]
         outs, own, tape = value_and_tape(program, wanted, arrays)
         tensors = to_torch(outs, arrays)
-        exported = [x.dtype.name in COMMON for x in own]
+        exported = [x.dtype in COMMON for x in own]
         ctx.program, ctx.wanted, ctx.tape = program, wanted, tape
         ctx.foreign = [None if isinstance(x, torch.Tensor) else x for x in leaves]
         ctx.own = [None if known else x for x, known in zip(own, exported, strict=True)]

@@ -246,10 +246,20 @@ def test_memory_crosses_without_a_copy(dtype):
     x = torch.zeros(64, 8).to(dtype)
     array = _torch_bridge.to_jax(x)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
-    (back,) = _torch_bridge.to_torch([array + array if dtype != torch.bool else ~array], [array])
-    (result,) = _torch_bridge.to_torch([made := jnp.ones((64, 8), jnp.float32)], [array])
+    made = array | array if dtype == torch.bool else array + array
+    (result,) = _torch_bridge.to_torch([made], [array])
     assert result.data_ptr() == made.unsafe_buffer_pointer()
-    assert back.shape == x.shape
+    assert result.dtype == dtype
+
+
+def test_array_that_lies_where_another_does_is_cloned():
+    # As a JAX that forwards arguments to results, or merges equal results, would return it.
+    array, other = jnp.ones(64, jnp.float32), jnp.zeros(64, jnp.float32)
+    tensors = _torch_bridge.to_torch([array, other, other], [array])
+    taken = {array.unsafe_buffer_pointer(), *(t.data_ptr() for t in tensors)}
+    assert len(taken) == 4
+    for found, expected in zip(tensors, (1.0, 0.0, 0.0), strict=True):
+        same(found, torch.full((64,), expected))
 
 
 def test_tensor_that_is_not_aligned_is_copied_and_right():
