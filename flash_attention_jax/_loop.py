@@ -144,6 +144,34 @@ def fit(
     Raises:
         InputError: `resume` without a checkpoint, with a damaged one, or with one of another
             configuration; or the loss is no longer finite.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from flash_attention_jax.data import load_text
+        >>> out = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (out / "text.txt").write_bytes(b"to be or not to be, " * 100)
+        >>> text = load_text(out / "text.txt", cache=out, seq_len=16)
+        >>> config = Config(
+        ...     data=text.fingerprint,
+        ...     similarity="cosine",
+        ...     attention="auto",
+        ...     dtype="float32",
+        ...     dim=16,
+        ...     depth=1,
+        ...     heads=1,
+        ...     seq_len=16,
+        ...     batch=2,
+        ...     accumulate=1,
+        ...     steps=3,
+        ...     lr=1e-3,
+        ...     warmup=1,
+        ...     clip=1.0,
+        ...     seed=0,
+        ... )
+        >>> fit(config, text, out)["step"]
+        3
+        >>> len((out / "log.csv").read_text().splitlines())  # a header, and a row for each step
+        4
     """
     options, checkpoints = dataclasses.asdict(config), out / "checkpoints"
     state = config.initial_state()

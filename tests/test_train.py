@@ -200,6 +200,14 @@ def test_mean_in_the_picture_is_that_of_the_last_steps():
     np.testing.assert_array_equal(_curves._smooth(np.asarray([3.0])), [3.0])
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_picture_of_a_run_that_has_hardly_begun_is_drawn(tmp_path, steps):
+    with _curves.Curves(tmp_path, done=0) as curves:
+        for step in range(steps):
+            curves.add(step=step + 1, bits_per_byte=8.0, gradient_norm=1.0, learning_rate=0.0)
+    assert _curves.draw(tmp_path, "nothing yet").read_bytes().startswith(b"\x89PNG")
+
+
 class Writer:
     """What TensorBoard offers, as far as it is used."""
 
