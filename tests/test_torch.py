@@ -324,6 +324,22 @@ def test_gradients_that_are_the_same_array_do_not_share_memory(rng):
     assert len({dx.data_ptr(), dy.data_ptr(), ct.data_ptr()}) == 3
 
 
+@pytest.mark.gpu
+def test_streams_of_a_gpu_wait_for_each_other():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a torch with CUDA")
+    ours = jax2torch(lambda x: jnp.matmul(x, x, precision="highest"))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.randn(4096, 4096, device="cuda")
+        for _ in range(20):  # so that torch is at work when JAX begins, and JAX when torch writes
+            x = x @ x / x.norm()
+        expected = x @ x
+        out = ours(x)
+        x.zero_()
+        assert out.device == x.device
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-5)
+
+
 def test_result_kept_after_its_argument_is_gone(rng):
     out = jax2torch(lambda x: x)(tensor(rng, 1000))
     [tensor(rng, 1000) for _ in range(8)]
