@@ -78,7 +78,7 @@ def check(claim: Claim, subject: Subject) -> tuple[Outcome, str]:
     Returns:
         "passed", "failed" or "not offered", and why.
     """
-    with jax.enable_x64(True):
+    with jax.enable_x64(subject.x64):
         try:
             claim.check(subject)
         except NotOffered as reason:

@@ -1,7 +1,7 @@
 """Tile sizes of the Hopper kernels: one table, by what a kernel holds.
 
-    rows of a program = 64 * warpgroups       (64 is the height of a wgmma; a warpgroup holds its own)
-    shared memory     = warpgroups * 64 * (dims held) + stages * inner * (dims streamed), 2 bytes each
+    rows of a program = 64 * warpgroups     (64 is the height of a wgmma; a warpgroup holds its own)
+    shared memory     = 2 bytes * (warpgroups * 64 * dims held + stages * inner * dims streamed)
 
 The table holds what compiles for sm_90a without a spill; nothing in it has been timed yet.
 """
@@ -71,5 +71,23 @@ def padded(dim: int) -> int:
 
 
 def tiles(call: Call, kernel: Pass) -> Tiles:
-    """The tiles of one kernel for a call: the table's, or the blocks that the caller asked for."""
-    return TABLE[kernel][max(padded(call.dim), padded(call.v_dim))]
+    """The tiles of one kernel for a call."""
+    dim = max(padded(call.dim), padded(call.v_dim))
+    if kernel == "dkv" and dim == 128 and _busy(call):
+        return Tiles(2, 32, 4)
+    return TABLE[kernel][dim]
+
+
+def _busy(call: Call) -> bool:
+    """Whether more than a mask stands between the product and the probabilities.
+
+    At 128 dimensions dk, dv and a tile of 64 queries leave no register for it: 32 then.
+    """
+    extras = ("scale", "alibi_slopes", "q_segment_ids", "mask")
+    return (
+        call.similarity == "cosine"
+        or call.softcap is not None
+        or call.dropout_rate > 0
+        or call.group_size > 1
+        or any(call.has(name) for name in extras)
+    )

@@ -1,4 +1,4 @@
-"""Why a kernel declines a call, from static facts alone; and the interpreter that stands in for a GPU.
+"""Why a kernel declines a call, from static facts; and the interpreter that stands in for a GPU.
 
 Nothing here imports Pallas or Triton before a call has passed every check that needs neither.
 """

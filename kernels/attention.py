@@ -1,7 +1,7 @@
 """Forward and backward kernels joined: one differentiable function, as the other engines have it.
 
-The derivative of the kernels is the backward kernels; the derivative of those (a second derivative of
-attention) is that of the reference engine, which nests to any order.
+The derivative of the kernels is the backward kernels; the derivative of those (a second derivative
+of attention) is that of the reference engine, which nests to any order.
 """
 
 from __future__ import annotations
@@ -141,11 +141,10 @@ def _backward(
         lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
     found = _of_q_k_v(problem, arrays, dout, lse, delta)
     gradients = {name: found["d" + name] for name in "qkv"}
-    if arrays.scale is not None:
-        gradients |= _scale_gradient(call, arrays, gradients["q"])
-    if arrays.alibi_slopes is not None:
-        shares = found["dslopes"][:, :, : call.q_len].sum(axis=(0, 2))
-        gradients["alibi_slopes"] = _to_shape(shares, arrays.alibi_slopes)
+    for name, shares in (("scale", "dscale"), ("alibi_slopes", "dslopes")):
+        if shares in found:
+            per_head = found[shares][:, :, : call.q_len].sum(axis=(0, 2))
+            gradients[name] = _to_shape(per_head, getattr(arrays, name))
     if arrays.sinks is not None:
         # A sink is a key without a value: its dP is zero.
         sinks = ops.per_head(call, arrays.sinks)[:, None]
@@ -159,26 +158,17 @@ def _to_shape(per_head: jax.Array, like: jax.Array) -> jax.Array:
     return per_head.sum(keepdims=True) if like.shape == (1,) else per_head
 
 
-def _scale_gradient(call: Call, arrays: Arrays, dproduct: jax.Array) -> Floats:
-    """Gradients of q and of a scale per head, from that of scale * q by q alone."""
-    shape = [call.heads if letter == "n" else 1 for letter in ROLES["q"][call.layout]]
-    scale = ops.per_head(call, arrays.scale).reshape(shape)
-    others = tuple(n for n, letter in enumerate(ROLES["q"][call.layout]) if letter != "n")
-    shares = (arrays.q.astype(jnp.float32) * dproduct).sum(axis=others)
-    return {"q": dproduct * scale, "scale": _to_shape(shares, arrays.scale)}
-
-
 def _of_q_k_v(
     problem: Problem, arrays: Arrays, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> dict[str, jax.Array]:
-    """Run the kernels: dq (unscaled where the scale is an array), dk, dv, and dslopes with ALiBi."""
+    """Run the kernels: dq, dk, dv, and the shares of each query in dslopes and dscale."""
     call, interpret = problem.call, interpreter(problem.call)
     over_keys, over_queries = tiles(call, "dq"), tiles(call, "dkv")
     rows, keys = ops.queries_that_see(call, arrays), ops.keys_that_are_seen(call, arrays)
     dtype = jnp.dtype(call.dtype)
-    # Wide where more is done with them: the norm's derivative, the scale's gradient.
-    more = arrays.scale is not None or (call.similarity == "cosine" and call.l2norm)
-    gradient_dtype = jnp.dtype(jnp.float32) if more else dtype
+    # Wide for the derivative of the norm.
+    normed = call.similarity == "cosine" and call.l2norm
+    gradient_dtype = jnp.dtype(jnp.float32) if normed else dtype
     given = {
         "q": ops.rows_of(call, "q", ops.clean(call, "q", arrays.q, rows)),
         "k": ops.rows_of(call, "k", ops.clean(call, "k", arrays.k, keys)),

@@ -30,6 +30,7 @@ from flash_attention_jax.kernels._config import ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_pipeline import (
     Route,
     add_product,
+    launch,
     product,
     route_of,
     stream,
@@ -105,7 +106,7 @@ def _launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return dict(zip(outputs, kernel(*operands.values()), strict=True))
+    return dict(zip(outputs, launch(kernel, operands), strict=True))
 
 
 def _probabilities(
@@ -196,21 +197,20 @@ def query_gradient(
         operands: q, k, v, dout (`operands.rows_of`), the vectors, `lse2`, `delta`, routes if any.
         tiles: Sizes of the tiles.
         factor: What makes base-2 logits of the product of q and k where the scale is no array.
-        dtype: Of the result.
+        dtype: Of `dq`.
         interpret: Parameters of the interpreter, None = compile.
 
     Returns:
-        `dq` in the call's layout, padded to whole blocks; with ALiBi `dslopes` (B, N, T padded), the
-        share of each query in the gradient of its head's slope.
+        `dq` in the call's layout, padded to whole blocks; with ALiBi `dslopes` and with a scale per
+        head `dscale` (B, N, T padded), the share of each query in the gradient of its head's.
     """
     blocks = plan(call, tiles.outer, tiles.inner)
     length = blocks.queries.count * tiles.outer
     sizes = call.sizes() | {"i": length, "d": padded(call.dim)}
     shape = tuple(sizes[letter] for letter in ROLES["q"][call.layout])
     outputs = {"dq": jax.ShapeDtypeStruct(shape, dtype)}
-    if "slopes" in operands:
-        rows = (call.batch, call.heads, length)
-        outputs["dslopes"] = jax.ShapeDtypeStruct(rows, jnp.float32)
+    rows = jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32)
+    outputs |= {f"d{name}": rows for name in ("slopes", "scale") if name in operands}
     grid = (call.heads, blocks.queries.count, call.batch)
     program = functools.partial(_query_program, call, tiles, factor)
     return _launch(call, operands, tiles, outputs, grid, program, interpret)
@@ -289,23 +289,29 @@ def _sum_over_keys(
         p, derivative = _probabilities(call, grid, terms, queries, keys, j, s, lambda: lse2)
         dp = _dropped(call, grid, queries, j, dp)
         ds = _logit_gradient(grid, p, dp, delta, derivative)
-        dq, dslopes = carry
-        if terms[1] is not None:
+        dq, dslopes, dscale = carry
+        if dslopes is not None:
             distance = jnp.abs(grid.spread(queries["diagonal"], 0) - j).astype(jnp.float32)
             dslopes = dslopes - (ds * distance).sum(axis=1)
+        if dscale is not None:
+            dscale = dscale + (ds * s).sum(axis=1)
         dq = add_product(dq, ds.astype(k.dtype), k, staged)
         plgpu.barrier_arrive(buffers.d_free.at[slot])
-        return dq, dslopes
+        return dq, dslopes, dscale
+
+    def zero(name: str) -> Any:
+        if name not in refs:
+            return None
+        return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
 
     dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
-    dslopes = None
-    if terms[1] is not None:
-        dslopes = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
-    dq, dslopes = _walk(route, step, (dq, dslopes))
-    gradient = 1.0 if "scale" in refs else factor / LOG2E
-    _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * np.float32(gradient), q)
+    dq, dslopes, dscale = _walk(route, step, (dq, zero("dslopes"), zero("dscale")))
+    gradient = refs["scale"][h] if "scale" in refs else np.float32(factor / LOG2E)
+    _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * gradient, q)
     if dslopes is not None:
         refs["dslopes"][b, h, rows] = dslopes
+    if dscale is not None:
+        refs["dscale"][b, h, rows] = dscale
 
 
 # --- dk and dv ---

@@ -32,6 +32,7 @@ from flash_attention_jax.kernels._config import ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_pipeline import (
     Route,
     add_product,
+    launch,
     product,
     route_of,
     stream,
@@ -101,7 +102,8 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return kernel(*operands.values())
+    out, lse = launch(kernel, operands)
+    return out, lse
 
 
 def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:

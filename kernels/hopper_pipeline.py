@@ -1,4 +1,4 @@
-"""The pipeline of a Hopper kernel: which blocks are walked, loaded by whom, multiplied from where."""
+"""The pipeline of a Hopper kernel: which blocks are walked, who loads them, what is multiplied."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flash_attention_jax.kernels._config import Tiles
 from flash_attention_jax.kernels.hopper_tile import Refs, of_batch
+from flash_attention_jax.kernels.operands import Operands
+
+
+def launch(kernel: Any, operands: Operands) -> list[jax.Array]:
+    """Run a kernel; inside it Python integers have 32 bits, whatever JAX makes of them outside."""
+    with jax.enable_x64(False):
+        return kernel(*operands.values())
 
 
 class Route(NamedTuple):

@@ -1,8 +1,8 @@
 """One tile inside a Hopper kernel: its logits in base 2, its mask and its dropout, in registers.
 
-The forward pass and dq hold a tile as (queries, keys); dk and dv hold it as (keys, queries), so that
-probabilities feed the next product from registers. `Grid.queries` says which axis the queries are;
-all else is written once.
+The forward pass and dq hold a tile as (queries, keys); dk and dv hold it as (keys, queries), so
+that probabilities feed the next product from registers. `Grid.queries` says which axis the queries
+are; all else is written once.
 
     logits2 = log2(e) * softcap(scale * product + alibi),  -inf where not visible
 """
@@ -141,7 +141,7 @@ def logits2(
         call: The call.
         grid: How the tile lies.
         product: q . k.
-        factor: What makes base-2 logits of it, a number; the head's own where the scale is an array.
+        factor: What makes base-2 logits of it; the head's own where the scale is an array.
         slope: log2(e) times the head's ALiBi slope, or None.
         queries: Of `query_vectors`.
         j: Positions of the keys, or None where nothing needs them.
