@@ -271,15 +271,11 @@ def test_command_refuses_another_configuration_and_another_text(text_file, tmp_p
     assert train.train_main(argv) == 0
     capsys.readouterr()
     path = tmp_path / "checkpoints" / "00000006"
-    for change, name, made_with, got in (
-        (["--heads", "2"], "heads", "1", "2"),
-        (["--lr", "0.001"], "lr", "0.004", "0.001"),
-    ):
-        assert train.train_main([*argv, "--resume", *change]) == 2
-        assert capsys.readouterr().err == (
-            f"error: `--{name}` must be what the checkpoint {path} was made with, {made_with}, "
-            f"got {got}. Resume with the same options, or start anew with another --out.\n"
-        )
+    assert train.train_main([*argv, "--resume", "--heads", "2"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: `--heads` must be what the checkpoint {path} was made with, 1, got 2. "
+        "Resume with the same options, or start anew with another --out.\n"
+    )
     text_file.write_bytes(PATTERN * 101)
     assert train.train_main([*argv, "--resume"]) == 2
     assert re.fullmatch(
@@ -380,15 +376,16 @@ def test_finished_run_resumes_to_its_report(text_file, tmp_path, capsys):
 
 def test_new_run_keeps_the_results_that_it_replaces(text_file, tmp_path, capsys):
     argv = options(text_file, tmp_path)
-    for seed in ("0", "1"):
-        assert train.train_main([*argv, "--seed", seed]) == 0
     kept = tmp_path / "previous"
+    for run in range(3):
+        (tmp_path / "samples.txt").write_text(f"before run {run}")
+        assert train.train_main(argv) == 0
+        assert (kept / "samples.txt").read_text() == f"before run {run}"
+        assert not (tmp_path / "samples.txt").exists()
     assert f"an earlier run's results are kept in {kept}" in capsys.readouterr().out
-    assert json.loads((kept / "summary.json").read_text())["config"]["seed"] == 0
-    assert json.loads((tmp_path / "summary.json").read_text())["config"]["seed"] == 1
     assert (kept / "checkpoints" / "00000006" / "manifest.json").exists()
-    assert curve(kept).shape == curve(tmp_path).shape
-    assert (curve(kept) != curve(tmp_path)).any()
+    assert (kept / "summary.json").exists()
+    np.testing.assert_array_equal(curve(kept), curve(tmp_path))
 
 
 def rows(out):

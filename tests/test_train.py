@@ -36,6 +36,7 @@ def options(text_file, out, *more, steps=6):
 
 
 def config_of(text, **changes):
+    # By default what `options` asks for: a configuration compiles once.
     values = {
         "data": f"text {text.fingerprint}",
         "similarity": "dot",
@@ -48,7 +49,7 @@ def config_of(text, **changes):
         "batch": 4,
         "accumulate": 1,
         "steps": 6,
-        "lr": 2e-3,
+        "lr": 4e-3,
         "warmup": 1,
         "clip": 1.0,
         "seed": 0,
