@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+# The interpreter of the Hopper kernels waits for barriers inside callbacks, each of which holds one
+# of XLA's threads: with as many as two cores have, the threads that would be waited for never run.
+os.environ.setdefault("NPROC", "16")
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

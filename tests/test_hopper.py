@@ -1,0 +1,332 @@
+"""The Hopper kernels without a GPU: interpreted with race detection, chosen, lowered, declined."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flash_attention_jax
+from flash_attention_jax import _masks, _read, explain, flash_attention
+from flash_attention_jax._subject import difference
+from flash_attention_jax._tiles import Tile
+from flash_attention_jax.kernels import _config, _support, operands
+from flash_attention_jax.testing import CLAIMS, Subject, check
+
+ROOT = Path(__file__).parents[1]
+
+needs_interpreter = pytest.mark.skipif(
+    _support._pallas_why_not(interpret=True) is not None,
+    reason=f"{_support._pallas_why_not(interpret=True)}",
+)
+
+
+@pytest.fixture
+def interpreted():
+    """Calls run on the interpreted kernels, with 32-bit types: its threads know no others."""
+    with _x64_off(), _support.interpreted():
+        yield
+
+
+@contextlib.contextmanager
+def _x64_off():
+    # The interpreter lowers in threads of its own, which a context manager does not reach.
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+# --- conformance ---
+
+DECLINED = {
+    "an additive bias": "does not add a `bias`",
+    "a relative bias": "does not add a `relative_bias`",
+    "a mask of queries or heads": "takes a mask of keys",
+    "an axis of size 0": "nothing to compute",
+    "a wide dtype": "computes in bfloat16 and float16",
+    "forward mode": "no forward mode",
+    "tile sizes": "tile sizes are its own",
+}
+"""What the kernels decline, by the words of the reason: everything else has to pass."""
+
+QUICK = {
+    "output_is_the_softmax_average_of_the_values",
+    "logits_that_grow_along_the_keys_are_exact",
+    "window_and_causal_hold_together",
+    "offset_may_differ_between_sequences",
+    "segments_need_not_be_sorted",
+    "lengths_may_be_zero",
+    "nan_beyond_the_lengths_stays_there",
+    "sinks_join_the_denominator_alone",
+    "softcap_bounds_the_logits",
+    "alibi_falls_with_the_distance_from_the_diagonal",
+    "scale_per_head_is_learned",
+    "cosine_ignores_the_length_of_vectors",
+    "cosine_does_not_underflow_at_scale_100",
+    "groups_of_query_heads_share_a_key_head",
+    "values_may_have_a_dimension_of_their_own",
+    "lse_is_differentiable",
+}
+"""Claims that stand for a part of the kernels each; the others are marked slow."""
+
+
+def claims():
+    for claim in CLAIMS:
+        marks = () if claim.name in QUICK else (pytest.mark.slow,)
+        yield pytest.param(claim, id=claim.name, marks=marks)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("claim", list(claims()))
+def test_claim_holds_in_the_kernels_or_they_decline(claim, interpreted):
+    tried = Subject(
+        flash_attention_jax.dot_product_attention,
+        dtype="bfloat16",
+        fixed={"implementation": "hopper"},
+        x64=False,
+    )
+    outcome, why = check(claim, tried)
+    if outcome == "not offered":
+        assert any(words in why for words in DECLINED.values()), why
+    else:
+        assert (outcome, why) == ("passed", "")
+
+
+# --- several blocks, which the claims' lengths do not fill ---
+
+
+def gradients(function, q, k, v, dout):
+    (out, lse), pull = jax.vjp(lambda q, k, v: function(q, k, v, return_lse=True), q, k, v)
+    dlse = jnp.sin(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape)
+    return {"out": out, "lse": lse} | dict(
+        zip(("dq", "dk", "dv"), pull((dout.astype(out.dtype), dlse)), strict=True)
+    )
+
+
+SEVERAL = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (70, None)},
+    "gqa": {"causal": True, "kv_heads": 1},
+    "more keys": {"causal": True, "kv_len": 333},
+    "more queries": {"causal": True, "kv_len": 150},
+    "unlike dimensions": {"dim": 72, "v_dim": 136},
+    "segments": {"segments": True},
+    "heads last": {"heads_last": True, "causal": True},
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("case", "similarity"),
+    [(case, "dot") for case in SEVERAL] + [(case, "cosine") for case in ("full", "window", "gqa")],
+)
+def test_kernels_agree_with_the_formula_over_several_blocks(case, similarity, interpreted):
+    options = dict(SEVERAL[case])
+    n, heads = 270, 2
+    m = options.pop("kv_len", n)
+    dim, kv_heads = options.pop("dim", 16), options.pop("kv_heads", heads)
+    v_dim = options.pop("v_dim", dim)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((1, heads, n, dim), (1, kv_heads, m, dim), (1, kv_heads, m, v_dim))
+    q, k, v = (jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=False))
+    k = k + jnp.linspace(0, 2, m, dtype=k.dtype)[:, None]  # the maximum keeps running
+    dout = jax.random.normal(keys[3], (1, heads, n, v_dim))
+    q, k, v, dout = (x.astype(jnp.bfloat16) for x in (q, k, v, dout))
+    if options.pop("segments", False):
+        ids = (jnp.arange(n, dtype=jnp.int32) // 60)[None]
+        options |= {"q_segment_ids": ids, "kv_segment_ids": ids}
+    heads_last = options.pop("heads_last", False)
+
+    def run(implementation, *arrays):
+        def function(q, k, v, return_lse):
+            extra = {"implementation": implementation, "return_lse": return_lse, **options}
+            if similarity == "cosine":
+                return flash_attention_jax.flash_cosine_sim_attention(q, k, v, **extra)
+            if heads_last:
+                del extra["return_lse"], extra["causal"]
+                q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+                out, lse = flash_attention_jax.dot_product_attention(
+                    q, k, v, is_causal=True, return_residual=True, **extra
+                )
+                return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+            return flash_attention(q, k, v, **extra)
+
+        return gradients(function, *arrays)
+
+    exact = run("dense", *(x.astype(jnp.float32) for x in (q, k, v, dout)))
+    plain = run("dense", q, k, v, dout)
+    found = run("hopper", q, k, v, dout)
+    for name, want in exact.items():
+        error, allowed = (
+            np.abs(np.asarray(x[name], np.float32) - np.asarray(want)).max() for x in (found, plain)
+        )
+        half_unit = 2.0**-9 * 2 * float(jnp.abs(want).max()) if name != "lse" else 1e-5
+        assert error <= 2 * allowed + half_unit, (name, error, allowed)
+
+
+@needs_interpreter
+def test_second_derivative_is_that_of_the_reference(interpreted):
+    q = jax.random.normal(jax.random.key(0), (1, 1, 20, 8)).astype(jnp.bfloat16)
+
+    def twice(implementation):
+        def loss(q):
+            out = flash_attention(q, q, q, causal=True, implementation=implementation)
+            return jnp.sin(out.astype(jnp.float32)).sum()
+
+        return jax.grad(lambda q: (jax.grad(loss)(q).astype(jnp.float32) ** 2).sum())(q)
+
+    want = np.asarray(twice("blocked"), np.float32)
+    assert np.abs(np.asarray(twice("hopper"), np.float32) - want).max() < 0.05 * np.abs(want).max()
+
+
+# --- what the kernels read ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (3, 5)},
+        {"causal": True, "window": 4, "q_offset": -6},
+        {"kv_lengths": np.array([4, 0], np.int32), "q_lengths": np.array([9, 5], np.int32)},
+        {"causal": True, "q_offset": np.array([2, -3], np.int32)},
+    ],
+)
+def test_ranges_of_keys_say_what_the_mask_by_element_says(options):
+    q, k = np.zeros((2, 1, 9, 4), np.float32), np.zeros((2, 1, 13, 4), np.float32)
+    options = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()
+    }
+    reading = _read.read(q, k, k, None, options)
+    arrays = _read.arrays(reading.call, reading.given)
+    tile = Tile.whole(reading.call)
+    at = _masks.positions(reading.call, arrays, tile, "bhrij")
+    visible = np.asarray(_masks.visible(reading.call, arrays, tile, at, "bhrij"))[:, 0, 0]
+    low, high = (np.asarray(x)[..., None] for x in _masks.key_ranges(reading.call, arrays))
+    j = np.arange(13)
+    assert (((j >= low) & (j < high)) == np.broadcast_to(visible, (2, 9, 13))).all()
+
+
+def test_routes_visit_what_the_mask_leaves_partial_blocks_first():
+    x = np.zeros((1, 1, 512, 64), np.float32)
+    reading = _read.read(x, x, x, None, {"causal": True})
+    arrays = _read.arrays(reading.call, reading.given)
+    found = operands.routes(reading.call, arrays, 128, 128, over_keys=True)
+    assert np.asarray(found["counts"]).tolist() == [[[1, 1], [1, 2], [1, 3], [1, 4]]]
+    assert np.asarray(found["order"])[0, 2, :3].tolist() == [2, 0, 1]
+    over_queries = operands.routes(reading.call, arrays, 128, 128, over_keys=False)
+    assert np.asarray(over_queries["counts"]).tolist() == [[[1, 4], [1, 3], [1, 2], [1, 1]]]
+
+
+def test_keys_are_seen_only_by_their_own_segment():
+    ids, others = jnp.array([[3, 9, 1]], jnp.int32), jnp.array([[1, 3, 3, 0]], jnp.int32)
+    assert np.asarray(operands._among(ids, others)).tolist() == [[True, False, True]]
+
+
+# --- choice ---
+
+HOPPER = {"platform": "gpu", "capability": (9, 0)}
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize("dim", [8, 64, 80, 128, 256])
+def test_hopper_is_chosen_on_a_hopper(dim):
+    q = shape(2, 8, 1024, dim)
+    found = explain(q, q, q, causal=True, **HOPPER)
+    assert (found.forward, found.backward) == ("hopper", "hopper")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "reason"),
+    [
+        ({}, {"platform": "cpu"}, "this is traced for cpu"),
+        ({}, {"platform": "gpu", "capability": (8, 0)}, "needs compute capability 9.0"),
+        ({}, {"platform": "gpu"}, "this device's is unknown"),
+        ({"dtype": jnp.float32}, HOPPER, "computes in bfloat16 and float16, and this call is f"),
+        ({"dim": 264}, HOPPER, "head dimension 264 is over 256"),
+        ({"bias": shape(8, 64, 64)}, HOPPER, "does not add a `bias` yet"),
+        ({"mask": shape(64, 64, dtype=jnp.bool_)}, HOPPER, None),
+        ({"mask": shape(2, 8, 64, 64, dtype=jnp.bool_)}, HOPPER, "takes a mask of keys"),
+        ({"differentiation": "any"}, HOPPER, "no forward mode"),
+        ({"block_q": 64}, HOPPER, "tile sizes are its own"),
+    ],
+)
+def test_hopper_declines_with_a_reason(options, where, reason):
+    options = dict(options)
+    q = shape(64 if reason is None else 2, 8, 64, options.pop("dim", 64))
+    q = shape(*q.shape, dtype=options.pop("dtype", jnp.bfloat16))
+    found = explain(q, q, q, **options, **where)
+    if reason is None:  # (b, j) is a mask of keys
+        assert found.forward == "hopper"
+    else:
+        assert found.forward != "hopper"
+        assert reason in found.reasons["hopper"]
+
+
+@pytest.mark.parametrize("version", [12080, 12090])
+def test_masked_call_is_declined_on_a_cuda_that_compiles_it_wrongly(version, monkeypatch):
+    monkeypatch.setattr(_support, "_cuda_runtime", lambda: version)
+    q = shape(2, 8, 64, 64)
+    assert "12.9.1 or newer" in explain(q, q, q, causal=True, **HOPPER).reasons["hopper"]
+    assert explain(q, q, q, **HOPPER).forward == "hopper"
+    monkeypatch.setattr(_support, "_cuda_runtime", lambda: 12091)
+    assert explain(q, q, q, causal=True, **HOPPER).forward == "hopper"
+
+
+def test_pallas_that_moved_or_broke_is_a_reason_and_no_crash(monkeypatch):
+    def broken(name):
+        raise AttributeError("made for another jax")
+
+    _support._pallas_why_not.cache_clear()
+    monkeypatch.setattr(_support.importlib, "import_module", broken)
+    q = shape(2, 8, 64, 64)
+    try:
+        assert "made for another jax" in explain(q, q, q, **HOPPER).reasons["hopper"]
+        _support._pallas_why_not.cache_clear()
+        monkeypatch.setattr(_support.importlib, "import_module", lambda name: object())
+        assert "lacks kernel" in explain(q, q, q, **HOPPER).reasons["hopper"]
+    finally:
+        _support._pallas_why_not.cache_clear()
+
+
+def test_tiles_fit_into_shared_memory_and_registers():
+    for kernel, by_dim in _config.TABLE.items():
+        for dim, tiles in by_dim.items():
+            compute, load = tiles.registers
+            assert tiles.warpgroups * compute + load <= 512, (kernel, dim)
+            rows = tiles.outer * (1 if kernel == "forward" else 2)
+            assert 2 * dim * (rows + 2 * tiles.stages * tiles.inner) <= 227 * 1024, (kernel, dim)
+
+
+# --- compiling without a GPU ---
+
+
+def test_compile_command_says_so_without_the_cuda_plugin_or_finds_no_spill():
+    command = ["-m", "flash_attention_jax.kernels.compile", "--only", "causal", "--dims", "64"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        assert "Nothing was compiled for a GPU: jax-cuda13-plugin is not installed." in done.stdout
+    else:
+        assert "No kernel spills." in done.stdout
