@@ -26,11 +26,11 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench train notebooks clean FORCE
+.PHONY: help demo test lint bench compile-gpu test-gpu bench-gpu train notebooks clean FORCE
 
 help: ## show this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## check every engine here, then train a small transformer on real text
 	$(RUN) -m flash_attention_jax demo $(ARGS)
@@ -45,6 +45,15 @@ lint: $(VENV)/.dev ## check format, lint and types
 
 bench: $(VENV)/.bench $(VENV)/.torch ## measure speed and memory on this CPU
 	$(RUN) benchmarks/cpu.py $(ARGS)
+
+compile-gpu: $(VENV)/.test ## compile every kernel for an H200 without one; says so where the CUDA plugin is missing
+	$(RUN) -m flash_attention_jax.kernels.compile $(ARGS)
+
+test-gpu: $(VENV)/.test ## run the tests that need an NVIDIA GPU; PYTHON must be one whose JAX sees it
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/.bench ## measure the kernels against cuDNN, tokamax and torch on this GPU
+	$(RUN) benchmarks/gpu.py $(ARGS)
 
 train: $(VENV)/.train ## train a transformer; ARGS="--help" lists the options
 	$(RUN) -m flash_attention_jax train $(ARGS)

@@ -17,7 +17,7 @@ Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
 
 def _hopper(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """The kernels, imported when a call first runs on them; blocked nests their derivatives."""
-    from flash_attention_jax.kernels import attention  # noqa: PLC0415 (it imports Pallas)
+    from flash_attention_jax.kernels import attention
 
     return attention.attend(_blocked.attend, call, arrays)
 

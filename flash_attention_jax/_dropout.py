@@ -46,7 +46,7 @@ def key_words(key: jax.Array) -> jax.Array:
     return folded
 
 
-def row_words(words: jax.Array, heads: int, b: Any, h: Any, i: Any) -> tuple[Any, Any]:
+def row_words(words: Any, heads: int, b: Any, h: Any, i: Any) -> tuple[Any, Any]:
     """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast)."""
     unit = (b * heads + h).astype(jnp.uint32)
     i = i.astype(jnp.uint32)

@@ -45,8 +45,7 @@ def interpreter(call: Call) -> Any:
     """Parameters of the kernels' interpreter for a call, None where they are compiled."""
     if not call.interpret:
         return None
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     return plgpu.InterpretGPUParams(detect_races=True)
 
 

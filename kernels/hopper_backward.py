@@ -281,10 +281,9 @@ def _sum_over_keys(
         plgpu.barrier_wait(buffers.e_ready.at[slot])
         dp = product(dout, v.transpose((1, 0)), grid.shape)
         plgpu.barrier_arrive(buffers.e_free.at[slot])
-        j = None
-        if _needs_positions(call, terms[1], masked=masked):
-            first = route.block(n) * tiles.inner
-            j = grid.positions(first, 1)
+        needed = _needs_positions(call, terms[1], masked=masked)
+        first = route.block(n) * tiles.inner if needed else None
+        j = grid.positions(first, 1) if needed else None
         keys = tile.key_vectors(grid, refs, b, first) if masked else None
         p, derivative = _probabilities(call, grid, terms, queries, keys, j, s, lambda: lse2)
         dp = _dropped(call, grid, queries, j, dp)
@@ -425,6 +424,7 @@ def _sum_over_queries(
             p, derivative = _probabilities(call, grid, terms, queries, seen, j, s, lse2)
             plgpu.barrier_wait(buffers.e_ready.at[slot])
             dk, dv = carry
+            dp = delta = None
             if dv is not None:
                 kept = _dropped(call, grid, queries, j, p)
                 dv = add_product(dv, kept.astype(dout.dtype), dout, staged)

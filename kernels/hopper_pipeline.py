@@ -71,7 +71,7 @@ def stream(route: Route, total: Any, tiles: Tiles, sides: Any, copy: Any) -> Non
         return following
 
     def drain(n: Any, _: None) -> None:
-        for *_, free in sides:
+        for _name, _buffer, _ready, free in sides:
             plgpu.barrier_wait(free.at[lax.rem(n, stages)])
 
     @pl.when(total > 0)
@@ -80,7 +80,7 @@ def stream(route: Route, total: Any, tiles: Tiles, sides: Any, copy: Any) -> Non
         lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
 
-def product(left: Any, right: Any, shape: tuple[int, int], then: Any = None) -> jax.Array:
+def product(left: Any, right: Any, shape: Any, then: Any = None) -> jax.Array:
     """Left @ right of two tiles in shared memory; `then` runs while the product is under way."""
 
     def multiply(acc: Any) -> Any:
@@ -89,7 +89,7 @@ def product(left: Any, right: Any, shape: tuple[int, int], then: Any = None) -> 
             then()
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def add_product(acc: jax.Array, left: jax.Array, right: Any, staged: Any) -> jax.Array:
@@ -99,7 +99,8 @@ def add_product(acc: jax.Array, left: jax.Array, right: Any, staged: Any) -> jax
     `staged` in shared memory: the one difference between what is interpreted and what runs.
     """
     if staged is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(acc))
+        multiply: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))
+        return multiply(plgpu.WGMMAAccumulatorRef.init(acc))
     staged[...] = left
     plgpu.commit_smem()
     return acc + product(staged, right, acc.shape)

@@ -66,7 +66,8 @@ class Grid:
     def load(self, ref: Any, start: Any, axis: int) -> jax.Array:
         """Part of a vector in device memory, laid out along `axis` of the tile."""
         part = ref.at[pl.ds(start, self.shape[axis])]
-        return plgpu.load(part, layout=WGMMA.reduce(1 - axis), optimized=False)
+        load: Any = plgpu.load  # its signature differs between versions of JAX
+        return load(part, layout=WGMMA.reduce(1 - axis), optimized=False)
 
     def positions(self, start: Any, axis: int) -> jax.Array:
         """Position of each element along `axis`."""

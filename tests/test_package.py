@@ -48,7 +48,9 @@ MODULES = {
 
 def part(module: str) -> str:
     """The word that names a module's layer: `_dense`, `kernels`; "" for the package itself."""
-    return module.removeprefix(PACKAGE).lstrip(".").split(".")[0]
+    inside = module.removeprefix(PACKAGE).lstrip(".")
+    # A command beside the kernels, not one of them: it builds calls as a user would.
+    return inside if inside == "kernels.compile" else inside.split(".")[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
