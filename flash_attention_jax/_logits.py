@@ -79,10 +79,11 @@ def logits(
     """
     x = similarity
     if "scale" in terms:
-        x = x * terms["scale"]
+        x = x * terms["scale"].astype(x.dtype)
     added = []
     if "alibi_slopes" in terms:
-        added.append(-terms["alibi_slopes"] * jnp.abs(at.diagonal - at.j).astype(x.dtype))
+        slopes = terms["alibi_slopes"].astype(x.dtype)
+        added.append(-slopes * jnp.abs(at.diagonal - at.j).astype(x.dtype))
     if "relative_bias" in terms:
         rows, columns = x.shape[axes.index("i")], x.shape[axes.index("j")]
         spread = toeplitz(terms["relative_bias"].astype(x.dtype), rows, columns)

@@ -134,7 +134,7 @@ def read(
         groups: Chunks that it normalises apart.
         names: What the function calls the arguments where it differs.
         bias_batch_dim: Whether a bias of three axes is (b, i, j) rather than (h, i, j).
-        platform: What to trace for; None = JAX's default backend.
+        platform: What to trace for; None = where q lies, or JAX's default device or backend.
         capability: CUDA compute capability to assume; None = that of the first device.
     """
     names = names or {}
@@ -180,7 +180,7 @@ def read(
     interpret = platform is None and _support.interpreting()
     if interpret:
         platform, capability = "gpu", _support.HOPPER
-    platform = platform or jax.default_backend()
+    platform = platform or _platform(q)
     call = Call(
         layout=layout,
         similarity=similarity,
@@ -206,6 +206,16 @@ def read(
         interpret=interpret,
     )
     return Reading(call, given, out_shape, lse_shape)
+
+
+def _platform(q: Any) -> str:
+    """Where the call will run, as far as can be seen when it is traced."""
+    if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer) and q.committed:
+        return next(iter(q.devices())).platform
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def _capability(platform: str) -> tuple[int, int] | None:

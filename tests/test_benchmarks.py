@@ -18,6 +18,7 @@ from flash_attention_jax import flash_attention, flash_cosine_sim_attention
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu
+import gpu
 import measure
 import peers
 import tables
@@ -444,3 +445,57 @@ def test_long_run_says_what_time_and_memory_it_took():
     said = dict(line.split("  ", 1) for line in ran.stdout.splitlines()[1:])
     assert list(said)[:3] == ["compile time", "time", "temporary memory"]
     assert float(said["error"]) < 1e-5
+
+
+# --- on a GPU --------------------------------------------------------------------------------
+
+
+def test_gpu_work_counts_operations_as_the_field_does():
+    full, causal = gpu.Work(128, 16384, causal=False), gpu.Work(128, 16384, causal=True)
+    assert (full.batch, full.heads) == (1, 16)
+    assert full.flops(backward=False) == 4 * 16 * 16384**2 * 128
+    assert causal.flops(backward=True) == 2.5 * full.flops(backward=False) / 2
+
+
+def test_gpu_benchmark_says_that_it_needs_a_gpu(capsys):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    assert gpu.main([]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The GPU benchmark's loop on a CPU: one small workload, three implementations."""
+
+    def absent(q, k, v, *, causal):
+        raise NotImplementedError("not here")
+
+    def wrong(q, k, v, *, causal):
+        return 1.5 * gpu._ours("dot", "blocked")(q, k, v, causal=causal)
+
+    named = {"ours": gpu._ours("dot", "blocked"), "wrong": wrong, "absent": absent}
+    monkeypatch.setattr(gpu, "JAX_PEERS", named)
+    monkeypatch.setattr(gpu, "PEERS", tuple(named))
+    monkeypatch.setattr(gpu, "WORK", [gpu.Work(64, 64, causal=True)])
+    monkeypatch.setattr(gpu, "TOKENS", 64)
+    monkeypatch.setattr(gpu, "WIDTH", 128)
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "CALLS", 1)
+
+
+def test_gpu_benchmark_goes_on_where_it_stopped_and_marks_what_is_wrong(tiny, capsys):
+    record, saved = {"rows": []}, []
+    gpu.measure_all(record, lambda: saved.append(len(record["rows"])), deadline=0.0)
+    assert record["rows"] == []
+    assert "Out of time" in capsys.readouterr().out
+    gpu.measure_all(record, lambda: saved.append(len(record["rows"])), deadline=float("inf"))
+    found = {(row["pass"], row["peer"]): row for row in record["rows"]}
+    assert len(found) == 6
+    assert saved[-1] == 6
+    assert found["forward", "absent"]["reason"] == "NotImplementedError: not here"
+    assert found["forward+backward", "ours"]["error"] < 2e-2
+    lines = capsys.readouterr().out.splitlines()
+    assert all(("WRONG" in line) == ("wrong" in line) for line in lines)
+    gpu.measure_all(record, lambda: None, deadline=float("inf"))
+    assert len(record["rows"]) == 6

@@ -276,6 +276,16 @@ def test_hopper_declines_with_a_reason(options, where, reason):
         assert reason in found.reasons["hopper"]
 
 
+def test_arrays_on_the_cpu_are_planned_for_the_cpu_whatever_the_default(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q = jnp.zeros((1, 2, 16, 8), jnp.bfloat16)
+    assert explain(q, q, q).platform.startswith("gpu")
+    here = jax.device_put(q, jax.devices("cpu")[0])
+    assert explain(here, here, here).platform == "cpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert explain(q, q, q).platform == "cpu"
+
+
 @pytest.mark.parametrize("version", [12080, 12090])
 def test_masked_call_is_declined_on_a_cuda_that_compiles_it_wrongly(version, monkeypatch):
     monkeypatch.setattr(_support, "_cuda_runtime", lambda: version)
