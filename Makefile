@@ -58,10 +58,12 @@ bench-gpu: $(VENV)/.bench ## measure the kernels against cuDNN, tokamax and torc
 train: $(VENV)/.train ## train a transformer; ARGS="--help" lists the options
 	$(RUN) -m flash_attention_jax train $(ARGS)
 
-notebooks: $(VENV)/.notebooks ## run every notebook from top to bottom; SAVE=1 keeps the outputs
+notebooks: $(VENV)/.notebooks $(VENV)/.torch ## run every notebook from top to bottom; SAVE=1 keeps the outputs
 	@results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && \
 	for notebook in notebooks/*.ipynb; do \
-	    [ -e "$$notebook" ] || { echo 'There is no notebook yet.'; break; }; \
+	    case "$$notebook" in *pytorch*) \
+	        $(RUN) -c 'import torch' 2>/dev/null || { echo "Leaving out $$notebook: it needs torch."; continue; };; \
+	    esac; \
 	    $(RUN) -m jupyter nbconvert --to notebook --execute \
 	        --ExecutePreprocessor.record_timing=False \
 	        $(if $(SAVE),--inplace,--output-dir "$$results") "$$notebook" || exit 1; \

@@ -10,6 +10,7 @@ are; all else is written once.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -27,6 +28,11 @@ Refs = dict[str, Any]
 Vectors = dict[str, Any]
 
 WGMMA = plgpu.Layout.WGMMA
+
+# Up to jax 0.10 `load` asks for an index besides the reference, which later versions deprecate.
+_load: Any = plgpu.load
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_NO_INDEX = ((),) if _index is not None and _index.default is inspect.Parameter.empty else ()
 
 
 def tiled(inner: int) -> tuple[Any, ...]:
@@ -66,8 +72,7 @@ class Grid:
     def load(self, ref: Any, start: Any, axis: int) -> jax.Array:
         """Part of a vector in device memory, laid out along `axis` of the tile."""
         part = ref.at[pl.ds(start, self.shape[axis])]
-        load: Any = plgpu.load  # its signature differs between versions of JAX
-        return load(part, layout=WGMMA.reduce(1 - axis), optimized=False)
+        return _load(part, *_NO_INDEX, layout=WGMMA.reduce(1 - axis), optimized=False)
 
     def positions(self, start: Any, axis: int) -> jax.Array:
         """Position of each element along `axis`."""

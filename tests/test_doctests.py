@@ -11,7 +11,7 @@ import flash_attention_jax
 
 NAMES = ["flash_attention_jax"]
 NAMES += [m.name for m in pkgutil.walk_packages(flash_attention_jax.__path__, NAMES[0] + ".")]
-OPTIONAL = {"flax", "optax", "tqdm", "torch", "triton", "jax_triton"}
+OPTIONAL = {"flax", "optax", "tqdm", "orbax", "matplotlib", "torch", "triton", "jax_triton"}
 CODE = [name for name in NAMES if not name.endswith("__main__")]
 
 

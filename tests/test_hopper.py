@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import flash_attention_jax
-from flash_attention_jax import _masks, _read, explain, flash_attention
+from flash_attention_jax import _blocked, _masks, _read, explain, flash_attention
 from flash_attention_jax._subject import difference
 from flash_attention_jax._tiles import Tile
-from flash_attention_jax.kernels import _config, _support, operands
+from flash_attention_jax.kernels import _config, _support, attention, operands
 from flash_attention_jax.testing import CLAIMS, Subject, check
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +323,51 @@ def test_tiles_fit_into_shared_memory_and_registers():
             assert 2 * dim * (rows + 2 * tiles.stages * tiles.inner) <= 227 * 1024, (kernel, dim)
 
 
-# --- compiling without a GPU ---
+# --- lowering and compiling without a GPU ---
+
+LOWERED = {
+    "full": {},
+    "causal, 128": {"causal": True, "dim": 128},
+    "full, 256": {"dim": 256},
+    "cosine": {"similarity": "cosine", "default_scale": 10.0},
+    "dropout": {"dropout_rate": 0.1, "dropout_key": True},
+    "heads last, grouped": {"causal": True, "layout": "heads_last", "kv_heads": 2},
+    "alibi, softcap": {"alibi_slopes": True, "softcap": 30.0},
+    "float16": {"dtype": jnp.float16},
+}
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_forward_and_backward_lower_for_cuda(case):
+    options = dict(LOWERED[case])
+    dim, dtype = options.pop("dim", 64), options.pop("dtype", jnp.bfloat16)
+    kv_heads, layout = options.pop("kv_heads", 4), options.pop("layout", "heads_first")
+    how = {name: options.pop(name) for name in ("similarity", "default_scale") if name in options}
+    arrays = [shape(1, heads, 300, dim, dtype=dtype) for heads in (4, kv_heads, kv_heads)]
+    if layout == "heads_last":
+        arrays = [shape(1, 300, x.shape[1], dim, dtype=dtype) for x in arrays]
+    if options.pop("dropout_key", False):
+        options["dropout_key"] = jnp.zeros(2, jnp.uint32)
+    if options.pop("alibi_slopes", False):
+        options["alibi_slopes"] = jnp.ones(4, jnp.float32)
+
+    def both(q, k, v):
+        def forward(q, k, v):
+            reading = _read.read(q, k, v, None, options, layout=layout, **how, **HOPPER)
+            given = _read.arrays(reading.call, reading.given)
+            return attention.attend(_blocked.attend, reading.call, given)
+
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, pull(out)
+
+    facts = {"num_cores": None} if "num_cores" in str(inspect.signature(AbstractDevice)) else {}
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", **facts)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(both).trace(*arrays).lower(lowering_platforms=("cuda",))
+    kernels = {"hopper_forward", "hopper_dq"}
+    kernels |= {"hopper_dk", "hopper_dv"} if dim > 128 else {"hopper_dk_dv"}
+    text = lowered.as_text()
+    assert all(kernel in text for kernel in kernels)
 
 
 def test_compile_command_says_so_without_the_cuda_plugin_or_finds_no_spill():

@@ -18,6 +18,7 @@ SMALL = {
     "01_attention_in_blocks": {"length": 64, "block": 8, "lengths": (64, 128)},
     "02_cosine_similarity": {"length": 64, "scales": (1, 8, 100)},
     "03_using_it": {"length": 100, "dim": 16, "drawn": 2},
+    "04_pytorch": {"length": 64, "steps": 10},
     "05_speed_and_memory": {"length": 128, "repeats": 1},
 }
 REPOSITORY = "REPOSITORY_OWNER/flash_attention_jax"  # where the notebooks say that they are
