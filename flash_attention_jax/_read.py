@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flash_attention_jax import _check, _dropout
 from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity
@@ -210,9 +211,9 @@ def read(
 
 def _platform(q: Any) -> str:
     """Where the call will run, as far as can be seen when it is traced."""
-    if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer) and q.committed:
+    if isinstance(q, jax.Array) and not isinstance(q, Tracer) and q.committed:
         return next(iter(q.devices())).platform
-    device = jax.config.jax_default_device
+    device: Any = getattr(jax.config, "jax_default_device", None)
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
