@@ -9,11 +9,13 @@ outer block (`order`, `counts`), made from the same classes as those of the bloc
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flash_attention_jax import _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
@@ -38,6 +40,25 @@ def bounded(call: Call) -> bool:
 def masked(call: Call) -> bool:
     """Whether any pair of blocks may have to be masked, at any size of block."""
     return _masks.masks_anything(call)
+
+
+LARGEST_CONSTANT = 2**16
+"""Entries of a table that is computed when the call is traced, where no array enters it."""
+
+
+def once(call: Call, arrays: Arrays, entries: int) -> contextlib.AbstractContextManager[Any]:
+    """In which ranges and routes are computed while tracing, if they depend on no array.
+
+    A short causal call then runs the kernel and nothing else: what XLA would do each time to sort a
+    few block numbers takes longer than the kernel.
+    """
+    given = (arrays.q_offset, arrays.q_lengths, arrays.kv_lengths, arrays.mask)
+    fixed = all(x is None for x in (*given, arrays.q_segment_ids))
+    return (
+        jax.ensure_compile_time_eval()
+        if fixed and entries <= LARGEST_CONSTANT
+        else contextlib.nullcontext()
+    )
 
 
 # --- arrays ---
@@ -69,28 +90,35 @@ def clean(call: Call, name: str, x: jax.Array, seen: jax.Array | None) -> jax.Ar
 
 
 def queries_that_see(call: Call, arrays: Arrays) -> jax.Array | None:
-    """Which queries may see a key, (B | 1, T); None where nothing says that one may not."""
+    """Which queries may see a key, (B | 1, T); None where all may."""
     if not masked(call):
         return None
-    low, high = _masks.key_ranges(call, arrays)
-    return low < high
+    with once(call, arrays, call.q_len):
+        low, high = _masks.key_ranges(call, arrays)
+        return _unless_all(low < high)
 
 
 def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
-    """Which keys some query may see, (B | 1, S); None where nothing says that one may not."""
+    """Which keys some query may see, (B | 1, S); None where all are."""
     if not masked(call):
         return None
-    low, high = _masks.key_ranges(call, arrays)
-    some = low < high
-    j = jnp.arange(call.k_len, dtype=jnp.int32)
-    least = jnp.where(some, low, call.k_len).min(axis=1, keepdims=True)
-    most = jnp.where(some, high, 0).max(axis=1, keepdims=True)
-    seen = (j >= least) & (j < most)
-    if arrays.mask is not None:
-        seen = seen & jnp.broadcast_to(arrays.mask[:, 0, 0], (arrays.mask.shape[0], call.k_len))
-    if arrays.q_segment_ids is not None:
-        seen = seen & _among(arrays.kv_segment_ids, arrays.q_segment_ids)
-    return seen
+    with once(call, arrays, max(call.q_len, call.k_len)):
+        low, high = _masks.key_ranges(call, arrays)
+        some = low < high
+        j = jnp.arange(call.k_len, dtype=jnp.int32)
+        least = jnp.where(some, low, call.k_len).min(axis=1, keepdims=True)
+        most = jnp.where(some, high, 0).max(axis=1, keepdims=True)
+        seen = (j >= least) & (j < most)
+        if arrays.mask is not None:
+            seen = seen & jnp.broadcast_to(arrays.mask[:, 0, 0], (arrays.mask.shape[0], call.k_len))
+        if arrays.q_segment_ids is not None:
+            seen = seen & _among(arrays.kv_segment_ids, arrays.q_segment_ids)
+        return _unless_all(seen)
+
+
+def _unless_all(seen: jax.Array) -> jax.Array | None:
+    """None where it is known while tracing that nothing is hidden: then nothing is cleaned."""
+    return None if not isinstance(seen, Tracer) and bool(seen.all()) else seen
 
 
 def _among(ids: jax.Array, others: jax.Array) -> jax.Array:
@@ -106,11 +134,12 @@ def _among(ids: jax.Array, others: jax.Array) -> jax.Array:
 def vectors(call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int) -> Operands:
     """What the element mask and the added terms read, padded so that no read passes the end."""
     found: Operands = {}
-    low, high = _masks.key_ranges(call, arrays)
-    # A padded query has an empty range; a key past the end lies in none.
-    if _masks.band(call)[0] is not None:
-        found["low"] = pad_axis(low, 1, q_multiple)
-    found["high"] = pad_axis(high, 1, q_multiple)
+    with once(call, arrays, call.q_len):
+        low, high = _masks.key_ranges(call, arrays)
+        # A padded query has an empty range; a key past the end lies in none.
+        if _masks.band(call)[0] is not None:
+            found["low"] = pad_axis(low, 1, q_multiple)
+        found["high"] = pad_axis(high, 1, q_multiple)
     if arrays.q_segment_ids is not None:
         found["q_segments"] = pad_axis(arrays.q_segment_ids, 1, q_multiple)
         found["kv_segments"] = pad_axis(arrays.kv_segment_ids, 1, kv_multiple)
@@ -152,12 +181,13 @@ def routes(call: Call, arrays: Arrays, block_q: int, block_kv: int, *, over_keys
         ones, the partial first, and how many are partial and how many there are in all.
     """
     steps = plan(call, block_q, block_kv)
-    visits = _masks.Visits.of(steps, arrays)
-    if visits.all_full:
-        return {}
-    code = visits.table()
-    order, partial, last = _masks.route(code if over_keys else code.swapaxes(1, 2))
-    return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
+    with once(call, arrays, steps.queries.count * steps.keys.count):
+        visits = _masks.Visits.of(steps, arrays)
+        if visits.all_full:
+            return {}
+        code = visits.table()
+        order, partial, last = _masks.route(code if over_keys else code.swapaxes(1, 2))
+        return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
 
 
 def plan(call: Call, block_q: int, block_kv: int) -> Plan:

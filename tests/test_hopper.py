@@ -230,6 +230,24 @@ def test_routes_visit_what_the_mask_leaves_partial_blocks_first():
     assert np.asarray(over_queries["counts"]).tolist() == [[[1, 4], [1, 3], [1, 2], [1, 1]]]
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (9, 0)}])
+def test_what_no_array_decides_is_computed_while_tracing(options):
+    def primitives(**arrays):
+        x = shape(1, 2, 300, 64)
+
+        def prepared(x, arrays):
+            reading = _read.read(x, x, x, None, {**options, **arrays}, **HOPPER)
+            call, given = reading.call, _read.arrays(reading.call, reading.given)
+            seen = operands.keys_that_are_seen(call, given)
+            cleaned = operands.clean(call, "k", given.k, seen)
+            return cleaned, operands.routes(call, given, 128, 128, over_keys=True)
+
+        return {str(eqn.primitive) for eqn in jax.make_jaxpr(prepared)(x, arrays).eqns}
+
+    assert primitives() == set()
+    assert primitives(kv_lengths=shape(1, dtype=jnp.int32)) != set()
+
+
 def test_keys_are_seen_only_by_their_own_segment():
     ids, others = jnp.array([[3, 9, 1]], jnp.int32), jnp.array([[1, 3, 3, 0]], jnp.int32)
     assert np.asarray(operands._among(ids, others)).tolist() == [[True, False, True]]
