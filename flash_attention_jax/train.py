@@ -46,7 +46,7 @@ def demo_main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for bad input, 130 when interrupted, or that of the check.
     """
-    parser = _parser("demo", steps=500, out="runs/demo")
+    parser = _parser("demo", steps=300, out="runs/demo")
     parser.description = "Check the attention engines, then train a small model on a text."
     return _main("demo", parser, argv)
 
