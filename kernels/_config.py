@@ -3,7 +3,8 @@
     rows of a program = 64 * warpgroups     (64 is the height of a wgmma; a warpgroup holds its own)
     shared memory     = 2 bytes * (warpgroups * 64 * dims held + stages * inner * dims streamed)
 
-The table holds what compiles for sm_90a without a spill; nothing in it has been timed yet.
+The table holds what compiles for sm_90a without a spill, but for a few bytes in dk at 256 dimensions
+(`compile.py` says where); nothing in it has been timed yet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ COLUMNS = 64
 """Head dimensions are padded to a multiple of this: one row of 128 bytes, the swizzle of a tile."""
 
 LARGEST_DIM = 256
+"""The most columns that a wgmma has."""
 
 LARGEST_FUSED_DIM = 128
 """Up to this dk and dv are summed by one warpgroup at once: 64 rows of both fit into registers."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from flash_attention_jax.kernels._config import LARGEST_DIM
+
 if TYPE_CHECKING:
     from flash_attention_jax._call import Call
 
@@ -71,8 +73,8 @@ def _wrong_call(call: Call) -> str | None:
     if 0 in (call.batch, call.q_len, call.k_len, call.heads):
         return "there is nothing to compute: an axis has size 0"
     for name, size in (("head dimension", call.dim), ("v's dimension", call.v_dim)):
-        if size > 256:
-            return f"{name} {size} is over 256"
+        if size > LARGEST_DIM:
+            return f"{name} {size} is over {LARGEST_DIM}"
     if call.block_q is not None or call.block_kv is not None:
         return "its tile sizes are its own: leave `block_q` and `block_kv` out"
     for name in ("bias", "relative_bias"):

@@ -81,7 +81,7 @@ def forward(
 
     def entry(*refs: Any) -> None:
         named = dict(zip((*names, "out", "lse"), refs, strict=True))
-        program = functools.partial(_program, call, tiles, factor, named, interpret)
+        program = functools.partial(_program, call, tiles, factor, named)
         pl.run_scoped(
             lambda *scoped: program(Buffers(*scoped)),
             *_buffers(call, tiles, staged=interpret is not None),
@@ -131,9 +131,7 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
     )
 
 
-def _program(
-    call: Call, tiles: Tiles, factor: float, refs: tile.Refs, interpret: Any, buffers: Buffers
-) -> None:
+def _program(call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers) -> None:
     b, h, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     blocks = plan(call, tiles.outer, tiles.inner)
     block = lax.axis_index("block")
@@ -144,7 +142,7 @@ def _program(
     @pl.when(warpgroup < tiles.warpgroups)
     def _compute() -> None:
         plgpu.set_max_registers(tiles.registers[0], action="increase")
-        _attend(call, tiles, factor, refs, buffers, route, (b, h, block, warpgroup), interpret)
+        _attend(call, tiles, factor, refs, buffers, route, (b, h, block, warpgroup))
 
     @pl.when(warpgroup == tiles.warpgroups)
     def _load() -> None:
@@ -172,7 +170,6 @@ def _attend(
     buffers: Buffers,
     route: Route,
     place: tuple[Any, Any, Any, Any],
-    interpret: Any,
 ) -> None:
     """One warpgroup: 64 queries against every key block of the route."""
     b, h, block, warpgroup = place
