@@ -1,0 +1,185 @@
+"""Forward and backward kernels joined: one differentiable function, whatever the backend.
+
+The derivative of the kernels is the backward kernels; the derivative of those (a second derivative
+of attention) is that of the reference engine, which nests to any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_attention_jax._call import DIFFERENTIABLE, Arrays, Call
+from flash_attention_jax._similarity import l2norm
+from flash_attention_jax.kernels import operands as ops
+
+Floats = dict[str, Any]
+Reference = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
+
+
+class Kernels(NamedTuple):
+    """The two passes of a backend.
+
+    Attributes:
+        forward: Called with the problem and its arrays; gives out and lse, with the axes `ROLES` of
+            the call's layout.
+        gradients: Called with the problem, its arrays, dout, and lse and delta as (B, N, T). Gives
+            `dq`, `dk` and `dv`, and where the call has them `dbias` and `drelative_bias` in the
+            arrays' own shapes, and `dscale` and `dslopes`, (B, N, T or longer): the share of each
+            query in the gradient of its head's number.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    gradients: Callable[..., dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is static: the call, what makes its base-2 logits, and who differentiates the backward.
+
+    Attributes:
+        call: The call.
+        factor: Base-2 logits are factor * q . k; 1 where q holds it already. Unused where the scale
+            is an array.
+        kernels: The backend.
+        reference: An engine that computes the same and nests derivatives.
+    """
+
+    call: Call
+    factor: float
+    kernels: Kernels
+    reference: Reference
+
+    @property
+    def plain(self) -> Call:
+        """The call that the reference engine computes from the kernel's q and k."""
+        scale = None if self.call.scale is None else self.factor * ops.LN2
+        return dataclasses.replace(self.call, similarity="dot", l2norm=False, groups=1, scale=scale)
+
+
+def attend(
+    kernels: Kernels, reference: Reference, call: Call, arrays: Arrays
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by the kernels.
+
+    Args:
+        kernels: The backend.
+        reference: The engine for derivatives of the derivative.
+        call: The call.
+        arrays: Its arrays.
+
+    Returns:
+        out and lse, with the axes `ROLES` of the call's layout.
+    """
+    q, k, factor = arrays.q, arrays.k, None
+    if call.similarity == "cosine" and call.l2norm:
+        # Wide until the kernels: their gradients come back wide too, and lose nothing on the way
+        # through the norm.
+        q, k = (l2norm(x.astype(jnp.float32), call.groups) for x in (q, k))
+        if call.scale is not None and call.softcap is None:
+            # Into q before it is rounded: then the product is the logit, in base 2.
+            q, factor = q * np.float32(call.scale * ops.LOG2E), 1.0
+    if factor is None:
+        factor = 1.0 if call.scale is None else float(call.scale * ops.LOG2E)
+    fields = arrays._replace(q=q, k=k)._asdict()
+    floats = {name: fields[name] for name in DIFFERENTIABLE if fields[name] is not None}
+    others = {name: x for name, x in fields.items() if name not in DIFFERENTIABLE and x is not None}
+    return _attend(Problem(call, factor, kernels, reference), floats, others)
+
+
+def _narrow(problem: Problem, floats: Floats) -> Floats:
+    """The arrays with q and k as the kernels multiply them."""
+    return floats | {name: floats[name].astype(problem.call.dtype) for name in "qk"}
+
+
+# --- forward ---
+
+
+def _forward(problem: Problem, floats: Floats, others: Floats) -> tuple[jax.Array, jax.Array]:
+    return problem.kernels.forward(problem, Arrays(**_narrow(problem, floats), **others))
+
+
+_attend: Any = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+
+
+def _attend_forward(problem: Problem, floats: Floats, others: Floats) -> tuple[Any, Any]:
+    out, lse = _attend(problem, floats, others)
+    wide = {name: jnp.zeros((), x.dtype) for name, x in floats.items()}
+    return (out, lse), (_narrow(problem, floats), wide, others, out, lse)
+
+
+def _attend_backward(problem: Problem, residuals: Any, cotangents: Any) -> tuple[Floats, None]:
+    floats, wide, others, out, lse = residuals
+    gradients = _gradients(problem, floats, others, (out, lse), cotangents)
+    return {name: x.astype(wide[name].dtype) for name, x in gradients.items()}, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# --- backward ---
+
+
+def _backward(
+    problem: Problem, floats: Floats, others: Floats, results: Any, cotangents: Any
+) -> Floats:
+    """The gradient of every array in `floats`: those of q and k wide where they were."""
+    call, arrays = problem.call, Arrays(**floats, **others)
+    (out, lse), (dout, dlse) = results, cotangents
+    wide = jnp.float32
+    delta = (out.astype(wide) * dout.astype(wide)).sum(axis=-1) - dlse
+    if call.layout == "heads_last":
+        lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+    found = problem.kernels.gradients(problem, arrays, dout, lse, delta)
+    direct = ("q", "k", "v", "bias", "relative_bias")
+    gradients = {name: found["d" + name] for name in direct if "d" + name in found}
+    for name, shares in (("scale", "dscale"), ("alibi_slopes", "dslopes")):
+        if shares in found:
+            per_head = found[shares][:, :, : call.q_len].sum(axis=(0, 2))
+            gradients[name] = _to_shape(per_head, getattr(arrays, name))
+    if arrays.sinks is not None:
+        # A sink is a key without a value: its dP is zero.
+        sinks = ops.per_head(call, arrays.sinks)[:, None]
+        shares = -(jnp.exp(sinks - lse) * delta).sum(axis=(0, 2))
+        gradients["sinks"] = _to_shape(shares, arrays.sinks)
+    return gradients
+
+
+def _to_shape(per_head: jax.Array, like: jax.Array) -> jax.Array:
+    """A gradient per head, summed where one number stands for all heads."""
+    return per_head.sum(keepdims=True) if like.shape == (1,) else per_head
+
+
+_gradients: Any = jax.custom_vjp(_backward, nondiff_argnums=(0,))
+
+
+def _gradients_forward(
+    problem: Problem, floats: Floats, others: Floats, results: Any, cotangents: Any
+) -> tuple[Floats, Any]:
+    gradients = _gradients(problem, floats, others, results, cotangents)
+    return gradients, (floats, others, results, cotangents)
+
+
+def _gradients_backward(problem: Problem, residuals: Any, second: Floats) -> tuple[Any, ...]:
+    """Of the gradients as a function of the inputs: what came out of the forward counts as them."""
+    floats, others, results, cotangents = residuals
+    call = problem.plain
+
+    def first(floats: Floats, cotangents: Any) -> Floats:
+        def run(floats: Floats) -> Any:
+            out, lse = problem.reference(call, Arrays(**floats, **others))
+            return out, lse
+
+        return jax.vjp(run, floats)[1](cotangents)[0]
+
+    _, pull = jax.vjp(first, floats, cotangents)
+    dfloats, dcotangents = pull(second)
+    return dfloats, None, jax.tree.map(jnp.zeros_like, results), dcotangents
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
