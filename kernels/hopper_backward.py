@@ -33,7 +33,10 @@ from flash_attention_jax.kernels.hopper_pipeline import (
     launch,
     product,
     route_of,
+    specialise,
     stream,
+    stream_keys,
+    walk,
 )
 from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, Vectors, tiled
 from flash_attention_jax.kernels.operands import LOG2E, Operands, plan
@@ -74,39 +77,6 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
         consumed,
         consumed,
     )
-
-
-def _launch(
-    call: Call,
-    operands: Operands,
-    tiles: Tiles,
-    outputs: dict[str, jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
-    program: Any,
-    interpret: Any,
-) -> dict[str, jax.Array]:
-    names = (*operands, *outputs)
-
-    def entry(*refs: Any) -> None:
-        named = dict(zip(names, refs, strict=True))
-        pl.run_scoped(
-            lambda *scoped: program(named, Buffers(*scoped)),
-            *_buffers(call, tiles, staged=interpret is not None),
-            collective_axes="warpgroup",
-        )
-
-    entry.__name__ = entry.__qualname__ = "hopper_" + "_".join(outputs)
-    kernel = plgpu.kernel(
-        entry,
-        out_type=list(outputs.values()),
-        grid=grid,
-        grid_names=("head", "block", "batch"),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )
-    return dict(zip(outputs, launch(kernel, operands), strict=True))
 
 
 def _probabilities(
@@ -161,12 +131,6 @@ def _needs_positions(call: Call, slope: Any, *, masked: bool) -> bool:
     return masked or slope is not None or call.dropout_rate > 0
 
 
-def _walk(route: Route, step: Any, carry: Any) -> Any:
-    if route.order is not None:
-        carry = lax.fori_loop(0, route.partial, functools.partial(step, masked=True), carry)
-    return lax.fori_loop(route.partial, route.last, functools.partial(step, masked=False), carry)
-
-
 def _store(ref: Any, index: tuple[Any, ...], value: Any, buffer: Any) -> None:
     """Write 64 rows: by TMA through the buffer where it has the dtype, else from registers."""
     if buffer.dtype == ref.dtype:
@@ -212,41 +176,34 @@ def query_gradient(
     rows = jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32)
     outputs |= {f"d{name}": rows for name in ("slopes", "scale") if name in operands}
     grid = (call.heads, blocks.queries.count, call.batch)
-    program = functools.partial(_query_program, call, tiles, factor)
-    return _launch(call, operands, tiles, outputs, grid, program, interpret)
+    return launch(
+        lambda refs, *scoped: _query_program(call, tiles, factor, refs, Buffers(*scoped)),
+        operands,
+        outputs,
+        _buffers(call, tiles, staged=interpret is not None),
+        grid,
+        tiles,
+        interpret,
+    )
 
 
 def _query_program(
     call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers
 ) -> None:
-    b, h, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    b, h, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     blocks = plan(call, tiles.outer, tiles.inner)
-    block = lax.axis_index("block")
     if call.causal:
         block = blocks.queries.count - 1 - block
     route = route_of(refs, b, block, blocks.keys.count)
-
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(tiles.registers[0], action="increase")
-        _sum_over_keys(call, tiles, factor, refs, buffers, route, (b, h, block, warpgroup))
-
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _load() -> None:
-        plgpu.set_max_registers(tiles.registers[1], action="decrease")
-        group = lax.div(h, jnp.int32(call.group_size))
-
-        def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, key_block: Any) -> None:
-            del n
-            rows = pl.ds(key_block * tiles.inner, tiles.inner)
-            source = refs[name].at[tile.row_index(call, name, b, group, rows)]
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
-
-        sides = (
-            ("k", buffers.ring_d, buffers.d_ready, buffers.d_free),
-            ("v", buffers.ring_e, buffers.e_ready, buffers.e_free),
-        )
-        stream(route, route.last, tiles, sides, copy)
+    sides = (
+        ("k", buffers.ring_d, buffers.d_ready, buffers.d_free),
+        ("v", buffers.ring_e, buffers.e_ready, buffers.e_free),
+    )
+    specialise(
+        tiles,
+        lambda w: _sum_over_keys(call, tiles, factor, refs, buffers, route, (b, h, block, w)),
+        lambda: stream_keys(call, tiles, refs, (b, h), route, sides),
+    )
 
 
 def _sum_over_keys(
@@ -304,7 +261,7 @@ def _sum_over_keys(
         return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
 
     dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
-    dq, dslopes, dscale = _walk(route, step, (dq, zero("dslopes"), zero("dscale")))
+    dq, dslopes, dscale = walk(route, step, (dq, zero("dslopes"), zero("dscale")))
     gradient = refs["scale"][h] if "scale" in refs else np.float32(factor / LOG2E)
     _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * gradient, q)
     if dslopes is not None:
@@ -348,40 +305,42 @@ def key_gradients(
         for name, dtype in dtypes.items()
     }
     grid = (call.kv_heads, blocks.keys.count, call.batch)
-    program = functools.partial(_key_program, call, tiles, factor)
-    return _launch(call, operands, tiles, outputs, grid, program, interpret)
+    return launch(
+        lambda refs, *scoped: _key_program(call, tiles, factor, refs, Buffers(*scoped)),
+        operands,
+        outputs,
+        _buffers(call, tiles, staged=interpret is not None),
+        grid,
+        tiles,
+        interpret,
+    )
 
 
 def _key_program(
     call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers
 ) -> None:
-    b, group, block, warpgroup = (
-        lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup")
-    )
+    b, group, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     blocks = plan(call, tiles.inner, tiles.outer)
     route = route_of(refs, b, block, blocks.queries.count)
+    sides = (
+        ("q", buffers.ring_d, buffers.d_ready, buffers.d_free),
+        ("dout", buffers.ring_e, buffers.e_ready, buffers.e_free),
+    )
 
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(tiles.registers[0], action="increase")
-        _sum_over_queries(call, tiles, factor, refs, buffers, route, (b, group, block, warpgroup))
+    def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, query_block: Any) -> None:
+        h = group * call.group_size + lax.div(n, route.last)
+        rows = pl.ds(query_block * tiles.inner, tiles.inner)
+        role = "out" if name == "dout" else name
+        source = refs[name].at[tile.row_index(call, role, b, h, rows)]
+        plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
 
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _load() -> None:
-        plgpu.set_max_registers(tiles.registers[1], action="decrease")
-
-        def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, query_block: Any) -> None:
-            h = group * call.group_size + lax.div(n, route.last)
-            rows = pl.ds(query_block * tiles.inner, tiles.inner)
-            role = "out" if name == "dout" else name
-            source = refs[name].at[tile.row_index(call, role, b, h, rows)]
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
-
-        sides = (
-            ("q", buffers.ring_d, buffers.d_ready, buffers.d_free),
-            ("dout", buffers.ring_e, buffers.e_ready, buffers.e_free),
-        )
-        stream(route, route.last * call.group_size, tiles, sides, copy)
+    specialise(
+        tiles,
+        lambda w: _sum_over_queries(
+            call, tiles, factor, refs, buffers, route, (b, group, block, w)
+        ),
+        lambda: stream(route, route.last * call.group_size, tiles, sides, copy),
+    )
 
 
 def _sum_over_queries(
@@ -441,7 +400,7 @@ def _sum_over_queries(
             plgpu.barrier_arrive(buffers.d_free.at[slot])
             return dk, dv
 
-        return _walk(route, step, carry)
+        return walk(route, step, carry)
 
     def zero(name: str, dim: int) -> Any:
         if name not in refs:

@@ -35,7 +35,9 @@ from flash_attention_jax.kernels.hopper_pipeline import (
     launch,
     product,
     route_of,
-    stream,
+    specialise,
+    stream_keys,
+    walk,
 )
 from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, tiled
 from flash_attention_jax.kernels.operands import LN2, LOG2E, Operands, bounded, plan
@@ -73,37 +75,23 @@ def forward(
     Returns:
         out (call's layout, dimension padded to 64s) and lse (B, N, T padded), float32.
     """
-    names = tuple(operands)
     blocks = plan(call, tiles.outer, tiles.inner)
     length = blocks.queries.count * tiles.outer
     sizes = call.sizes() | {"i": length, "e": padded(call.v_dim)}
     shape = tuple(sizes[letter] for letter in ROLES["out"][call.layout])
-
-    def entry(*refs: Any) -> None:
-        named = dict(zip((*names, "out", "lse"), refs, strict=True))
-        program = functools.partial(_program, call, tiles, factor, named)
-        pl.run_scoped(
-            lambda *scoped: program(Buffers(*scoped)),
-            *_buffers(call, tiles, staged=interpret is not None),
-            collective_axes="warpgroup",
-        )
-
-    entry.__name__ = entry.__qualname__ = "hopper_forward"  # for profiles and compilers' reports
-    kernel = plgpu.kernel(
-        entry,
-        out_type=[
-            jax.ShapeDtypeStruct(shape, jnp.dtype(call.dtype)),
-            jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32),
-        ],
-        grid=(call.heads, blocks.queries.count, call.batch),
-        grid_names=("head", "block", "batch"),
-        num_threads=tiles.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+    found = launch(
+        lambda refs, *scoped: _program(call, tiles, factor, refs, Buffers(*scoped)),
+        operands,
+        {
+            "out": jax.ShapeDtypeStruct(shape, jnp.dtype(call.dtype)),
+            "lse": jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32),
+        },
+        _buffers(call, tiles, staged=interpret is not None),
+        (call.heads, blocks.queries.count, call.batch),
+        tiles,
+        interpret,
     )
-    out, lse = launch(kernel, operands)
-    return out, lse
+    return found["out"], found["lse"]
 
 
 def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
@@ -132,34 +120,20 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
 
 
 def _program(call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers) -> None:
-    b, h, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    b, h, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     blocks = plan(call, tiles.outer, tiles.inner)
-    block = lax.axis_index("block")
     if call.causal:
         block = blocks.queries.count - 1 - block
     route = route_of(refs, b, block, blocks.keys.count)
-
-    @pl.when(warpgroup < tiles.warpgroups)
-    def _compute() -> None:
-        plgpu.set_max_registers(tiles.registers[0], action="increase")
-        _attend(call, tiles, factor, refs, buffers, route, (b, h, block, warpgroup))
-
-    @pl.when(warpgroup == tiles.warpgroups)
-    def _load() -> None:
-        plgpu.set_max_registers(tiles.registers[1], action="decrease")
-        group = lax.div(h, jnp.int32(call.group_size))
-        sides = (
-            ("k", buffers.k, buffers.k_ready, buffers.k_free),
-            ("v", buffers.v, buffers.v_ready, buffers.v_free),
-        )
-
-        def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, key_block: Any) -> None:
-            del n
-            rows = pl.ds(key_block * tiles.inner, tiles.inner)
-            source = refs[name].at[tile.row_index(call, name, b, group, rows)]
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
-
-        stream(route, route.last, tiles, sides, copy)
+    sides = (
+        ("k", buffers.k, buffers.k_ready, buffers.k_free),
+        ("v", buffers.v, buffers.v_ready, buffers.v_free),
+    )
+    specialise(
+        tiles,
+        lambda w: _attend(call, tiles, factor, refs, buffers, route, (b, h, block, w)),
+        lambda: stream_keys(call, tiles, refs, (b, h), route, sides),
+    )
 
 
 def _attend(
@@ -214,10 +188,7 @@ def _attend(
     l = by_row(jnp.zeros((ROWS,), jnp.float32))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.v_dim)), jnp.float32), WGMMA)
     pl.when(warpgroup == 1)(take_turn)
-    carry = m, l, acc
-    if route.order is not None:
-        carry = lax.fori_loop(0, route.partial, functools.partial(step, masked=True), carry)
-    carry = lax.fori_loop(route.partial, route.last, functools.partial(step, masked=False), carry)
+    carry = walk(route, step, (m, l, acc))
     pl.when(warpgroup == 0)(take_turn)
     _store(call, refs, buffers, (b, h, start, warpgroup), carry)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +12,76 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from flash_attention_jax._call import Call
 from flash_attention_jax.kernels._config import Tiles
-from flash_attention_jax.kernels.hopper_tile import Refs, of_batch
+from flash_attention_jax.kernels.hopper_tile import Refs, of_batch, row_index
 from flash_attention_jax.kernels.operands import Operands
 
+GRID = ("head", "block", "batch")
+"""Axes of every grid, the first varies fastest: heads that share a key head find it in L2."""
 
-def launch(kernel: Any, operands: Operands) -> list[jax.Array]:
-    """Run a kernel; inside it Python integers have 32 bits, whatever JAX makes of them outside."""
+
+def launch(
+    program: Callable[..., None],
+    operands: Operands,
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    scratch: tuple[Any, ...],
+    grid: tuple[int, ...],
+    tiles: Tiles,
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """Run a kernel of one warpgroup that loads and `tiles.warpgroups` that compute.
+
+    Inside it Python integers have 32 bits, whatever JAX makes of them outside.
+
+    Args:
+        program: program(references by name, *scratch): what each warpgroup runs.
+        operands: What it reads, by name.
+        outputs: What it writes, by name.
+        scratch: Shared memory and barriers of a program.
+        grid: Sizes of the axes `GRID`.
+        tiles: Sizes of the tiles.
+        interpret: Parameters of the interpreter, None = compile.
+
+    Returns:
+        What was written, by name.
+    """
+    names = (*operands, *outputs)
+
+    def entry(*refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        pl.run_scoped(functools.partial(program, named), *scratch, collective_axes="warpgroup")
+
+    # For profiles and compilers' reports.
+    kind = "forward" if "out" in outputs else "_".join(outputs)
+    entry.__name__ = entry.__qualname__ = f"hopper_{kind}"
+    kernel = plgpu.kernel(
+        entry,
+        out_type=list(outputs.values()),
+        grid=grid,
+        grid_names=GRID,
+        num_threads=tiles.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
     with jax.enable_x64(False):
-        return kernel(*operands.values())
+        return dict(zip(outputs, kernel(*operands.values()), strict=True))
+
+
+def specialise(tiles: Tiles, compute: Callable[[Any], None], load: Callable[[], None]) -> None:
+    """Give each warpgroup its work and its registers: the last one loads, the others compute."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < tiles.warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(tiles.registers[0], action="increase")
+        compute(warpgroup)
+
+    @pl.when(warpgroup == tiles.warpgroups)
+    def _() -> None:
+        plgpu.set_max_registers(tiles.registers[1], action="decrease")
+        load()
 
 
 class Route(NamedTuple):
@@ -39,6 +102,38 @@ def route_of(refs: Refs, b: Any, outer: Any, count: int) -> Route:
         return Route(None, jnp.int32(0), jnp.int32(count))
     counts = of_batch(refs["counts"], b).at[outer]
     return Route(of_batch(refs["order"], b).at[outer], counts[0], counts[1])
+
+
+def walk(route: Route, step: Any, carry: Any) -> Any:
+    """Run step(n, carry, masked=...) over a route: the partial blocks masked, then the others."""
+    if route.order is not None:
+        carry = lax.fori_loop(0, route.partial, functools.partial(step, masked=True), carry)
+    return lax.fori_loop(route.partial, route.last, functools.partial(step, masked=False), carry)
+
+
+def stream_keys(
+    call: Call, tiles: Tiles, refs: Refs, place: tuple[Any, Any], route: Route, sides: Any
+) -> None:
+    """Load the tiles of k and v that the route names, for a query head.
+
+    Args:
+        call: The call.
+        tiles: Sizes of the tiles.
+        refs: References, by name.
+        place: The batch and the query head.
+        route: The blocks.
+        sides: As in `stream`.
+    """
+    b, h = place
+    group = lax.div(h, jnp.int32(call.group_size))
+
+    def copy(name: str, buffer: Any, ready: Any, slot: Any, n: Any, key_block: Any) -> None:
+        del n
+        rows = pl.ds(key_block * tiles.inner, tiles.inner)
+        source = refs[name].at[row_index(call, name, b, group, rows)]
+        plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+
+    stream(route, route.last, tiles, sides, copy)
 
 
 def stream(route: Route, total: Any, tiles: Tiles, sides: Any, copy: Any) -> None:
