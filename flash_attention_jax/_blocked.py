@@ -61,11 +61,20 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     Returns:
         out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
     """
-    fields = unified(normalised(call, arrays))._asdict()
-    floats = {name: fields[name] for name in DIFFERENTIABLE if fields[name] is not None}
-    others = {name: x for name, x in fields.items() if name not in DIFFERENTIABLE and x is not None}
-    out, lse = _attend(call, floats, others)
+    out, lse = unrounded(call, unified(normalised(call, arrays)))
     return out.astype(call.dtype), lse
+
+
+def unrounded(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """`attend` for `normalised` and `unified` arrays, with out in the accumulator's dtype."""
+    return _attend(call, *split(arrays))
+
+
+def split(arrays: Arrays) -> tuple[Blocks, Blocks]:
+    """The arrays that receive gradients, and the others, by name; without those absent."""
+    present = {name: x for name, x in arrays._asdict().items() if x is not None}
+    floats = {name: present.pop(name) for name in DIFFERENTIABLE if name in present}
+    return floats, present
 
 
 def _plan(call: Call, *, sums_queries: bool) -> Plan:
@@ -170,22 +179,33 @@ def _attend_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[Block
     `custom_vjp` which inputs are differentiated (`symbolic_zeros`) was tried and is wrong under
     `jax.checkpoint`, which may run a rule that was traced for other inputs.
     """
-    floats, others, out, lse = residuals
+    floats, others, *results = residuals
+    found = gradients(call, floats, others, results, cotangents)
+    return {name: x.astype(floats[name].dtype) for name, x in found.items()}, None
+
+
+def gradients(call: Call, floats: Blocks, others: Blocks, results: Any, cotangents: Any) -> Blocks:
+    """The gradients, in the accumulator's dtype.
+
+    `results` are out and lse. Where they are those of attention to more keys than the call's, the
+    gradients are the call's share in that: all of it enters through lse and delta alone.
+    """
+    out, lse = results
     dout, dlse = cotangents
     acc_dtype = call.acc_dtype
     delta = (out.astype(acc_dtype) * dout.astype(acc_dtype)).sum(axis=-1) - dlse
     inputs = {name: x for name, x in floats.items() if name != "sinks"}
     inputs |= {"dout": dout, "lse": lse, "delta": delta}
-    gradients: Blocks = {}
+    found: Blocks = {}
     for group in (("q", "k", "v", "scale"), ("bias", "alibi_slopes", "relative_bias")):
         names = tuple(name for name in group if name in floats)
         if names:
             sums = _pair_sum(_Gradients(call, names), inputs, others)
             for name in names:
-                gradients[name] = _from_sum(call, name, sums[name]).astype(floats[name].dtype)
+                found[name] = _from_sum(call, name, sums[name])
     if "sinks" in floats:
-        gradients["sinks"] = _sink_gradient(call, floats["sinks"], lse, delta)
-    return gradients, None
+        found["sinks"] = _sink_gradient(call, floats["sinks"], lse, delta)
+    return found
 
 
 _attend: Any = jax.custom_vjp(_attend_rule, nondiff_argnums=(0,))
@@ -199,7 +219,7 @@ def _sink_gradient(call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Arra
     weight = jnp.exp(tile.take(sinks, "n", "bhri").astype(lse.dtype) - row_lse)
     share = -weight * tile.take(delta, ROLES["lse"][call.layout], "bhri")
     zero = full(sinks.shape, 0, lse.dtype, lse)
-    return tile.put(zero, "n", share, "bhri").astype(sinks.dtype)
+    return tile.put(zero, "n", share, "bhri")
 
 
 # dq is collected with its dimension before its queries: see the head of the file.
@@ -296,7 +316,9 @@ class _Gradients:
         dp = product(call, v, dout, "bhje,bhrie->bhjri")
         kept = p
         if call.dropout_rate:
-            words = _dropout.row_words(arrays.dropout_key, call.heads, at.b, at.n, at.i)
+            words = _dropout.row_words(
+                arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
+            )
             factor = jnp.where(
                 _dropout.keep(words, at.j, call.dropout_rate),
                 np.asarray(1 / (1 - call.dropout_rate), p.dtype),

@@ -43,10 +43,11 @@ TERM_ROLES: dict[str, str] = {
     "alibi_slopes": "n",
     "relative_bias": "ng",
     "dropout_key": "w",
+    "dropout_origin": "o",
 }
 """Axis letters of the other arrays, the same in both layouts. An axis of size 1 broadcasts.
 
-g: diagonal j - i + q_len - 1, w: word of the dropout key.
+g: diagonal j - i + q_len - 1, w: word of the dropout key, o: what `_dropout.row_words` says.
 """
 
 
@@ -54,7 +55,8 @@ class Arrays(NamedTuple):
     """The arrays of one call, in its layout and never copied for it; None where absent.
 
     Axes as `ROLES` and `TERM_ROLES` say. `mask` is boolean, ids, lengths and offsets are int32,
-    `dropout_key` is two uint32 words.
+    `dropout_key` is two uint32 words. `dropout_origin` is there where the call is a part of a
+    larger one: where its first entry lies in that.
     """
 
     q: Any
@@ -72,6 +74,7 @@ class Arrays(NamedTuple):
     alibi_slopes: Any = None
     relative_bias: Any = None
     dropout_key: Any = None
+    dropout_origin: Any = None
 
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "relative_bias")

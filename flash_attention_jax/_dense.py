@@ -48,7 +48,9 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     p = jnp.exp(x - m[..., None])
     l = p.sum(axis=-1)
     if call.dropout_rate:
-        words = _dropout.row_words(arrays.dropout_key, call.heads, at.b, at.n, at.i)
+        words = _dropout.row_words(
+            arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
+        )
         p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
     acc = product(call, p.astype(v.dtype), v, "bhrij,bhje->bhrie")
     sinks = None if arrays.sinks is None else tile.take(arrays.sinks, "n", "bhri").astype(l.dtype)

@@ -46,12 +46,23 @@ def key_words(key: jax.Array) -> jax.Array:
     return folded
 
 
-def row_words(words: Any, heads: int, b: Any, h: Any, i: Any) -> tuple[Any, Any]:
-    """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast)."""
+def row_words(
+    words: Any, heads: int, b: Any, h: Any, i: Any, origin: Any = None
+) -> tuple[Any, Any]:
+    """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast).
+
+    Where these and the keys are counted within a part of a larger call, `origin` holds five
+    integers: the heads of the larger one, and the batch, head, query and key in it at which the
+    part begins. The bits are then those of the larger call.
+    """
+    if origin is not None:
+        heads, b, h, i = origin[0], b + origin[1], h + origin[2], i + origin[3]
     unit = (b * heads + h).astype(jnp.uint32)
     i = i.astype(jnp.uint32)
     first = mix(mix(words[0] + unit * GOLDEN) + i * GOLDEN)
     second = mix(mix(words[1] ^ mix(unit)) ^ mix(i))
+    if origin is not None:
+        first = first + origin[4].astype(jnp.uint32) * GOLDEN  # `keep` counts j from there
     return first, second
 
 

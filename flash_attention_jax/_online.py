@@ -99,7 +99,9 @@ def step(
         m, l, acc = top, l * shrink, acc * shrink[..., None]
     l = l + p.sum(axis=-1)
     if call.dropout_rate:
-        words = _dropout.row_words(arrays.dropout_key, call.heads, at.b, at.n, at.i)
+        words = _dropout.row_words(
+            arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
+        )
         p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
     return m, l, acc + product(call, p.astype(dtype), v, "bhrij,bhje->bhrie")
 
