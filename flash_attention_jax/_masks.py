@@ -346,8 +346,9 @@ def _mask_classes(plan: Plan, mask: jax.Array) -> jax.Array:
 
     def row(index: jax.Array) -> jax.Array:
         rest, block = index // queries.count, index % queries.count
-        start = 0 if i_size == 1 else queries.start(block)
-        size = 1 if i_size == 1 else queries.block
+        # A kernel's block may be longer than the mask.
+        start = 0 if i_size == 1 else jnp.maximum(queries.start(block), 0)
+        size = min(queries.block, i_size)
         cut = ((rest // heads, 1), (rest % heads, 1), (start, size), (0, j_size))
         rows = lax.dynamic_slice(mask, int32_starts(cut), [size for _, size in cut])[0, 0]
         if j_size == 1:

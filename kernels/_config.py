@@ -26,7 +26,7 @@ LARGEST_DIM = 256
 LARGEST_FUSED_DIM = 128
 """Up to this dk and dv are summed by one warpgroup at once: 64 rows of both fit into registers."""
 
-Pass = Literal["forward", "dq", "dkv"]
+Pass = Literal["forward", "dq", "dkv", "dbias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,12 @@ TABLE: dict[Pass, dict[int, Tiles]] = {
     },
     "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
     "dkv": {64: Tiles(2, 64, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
+    "dbias": {
+        64: Tiles(2, 64, 2),
+        128: Tiles(2, 64, 2),
+        192: Tiles(1, 64, 2),
+        256: Tiles(1, 64, 1),
+    },
 }
 
 
@@ -85,7 +91,7 @@ def _busy(call: Call) -> bool:
 
     At 128 dimensions dk, dv and a tile of 64 queries leave no register for it: 32 then.
     """
-    extras = ("scale", "alibi_slopes", "q_segment_ids", "mask")
+    extras = ("scale", "alibi_slopes", "q_segment_ids", "mask", "bias")
     return (
         call.similarity == "cosine"
         or call.softcap is not None

@@ -66,10 +66,17 @@ def _wrong_machine(call: Call) -> str | None:
 
 
 def _wrong_call(call: Call) -> str | None:
-    if call.differentiation == "any":
-        return "its custom rule has no forward mode (differentiation='any')"
     if call.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 and float16, and this call is {call.dtype}"
+    if call.has("relative_bias"):
+        return "it does not add a `relative_bias` yet: give it as a `bias`, or let another run it"
+    return out_of_reach(call)
+
+
+def out_of_reach(call: Call) -> str | None:
+    """Why no kernel takes `call`, of whatever backend, or None."""
+    if call.differentiation == "any":
+        return "its custom rule has no forward mode (differentiation='any')"
     if 0 in (call.batch, call.q_len, call.k_len, call.heads):
         return "there is nothing to compute: an axis has size 0"
     for name, size in (("head dimension", call.dim), ("v's dimension", call.v_dim)):
@@ -77,12 +84,6 @@ def _wrong_call(call: Call) -> str | None:
             return f"{name} {size} is over {LARGEST_DIM}"
     if call.block_q is not None or call.block_kv is not None:
         return "its tile sizes are its own: leave `block_q` and `block_kv` out"
-    for name in ("bias", "relative_bias"):
-        if call.has(name):
-            return f"it does not add a `{name}` yet"
-    mask = call.shape_of("mask")
-    if mask is not None and mask[1:3] != (1, 1):
-        return f"it takes a mask of keys (batch, keys), and this one broadcasts from {mask}"
     return None
 
 
@@ -132,5 +133,6 @@ def _runtime_why_not(version: int | None) -> str | None:
 
 def triton_why_not(call: Call) -> str | None:
     """Why the Triton kernels decline `call`, or None where they accept it."""
-    del call  # There is nothing yet that a call's facts could change.
-    return "the Triton kernels are not written yet in this version"
+    from flash_attention_jax.kernels import triton_support
+
+    return triton_support.why_not(call)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax.kernels import hopper_backward, hopper_forward, join
+from flash_attention_jax.kernels import hopper_backward, hopper_bias, hopper_forward, join
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels._config import LARGEST_FUSED_DIM, padded, tiles
 from flash_attention_jax.kernels._support import interpreter
@@ -29,7 +29,7 @@ def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         "v": ops.rows_of(call, "v", ops.clean(call, "v", arrays.v, keys)),
     }
     given |= ops.routes(call, arrays, sizes.outer, sizes.inner, over_keys=True)
-    given |= ops.vectors(call, arrays, sizes.outer, sizes.inner)
+    given |= ops.terms(call, arrays, sizes.outer, sizes.inner)
     if arrays.sinks is not None:
         given["sinks"] = ops.per_head(call, arrays.sinks) * np.float32(ops.LOG2E)
     out, lse = hopper_forward.forward(
@@ -48,7 +48,7 @@ def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _of_q_k_v(
     problem: Problem, arrays: Arrays, dout: jax.Array, lse: jax.Array, delta: jax.Array
 ) -> dict[str, jax.Array]:
-    """Run the kernels: dq, dk, dv, and the shares of each query in dslopes and dscale."""
+    """Run the kernels: dq, dk, dv, dbias, and the shares of each query in dslopes and dscale."""
     call, interpret = problem.call, interpreter(problem.call)
     over_keys, over_queries = tiles(call, "dq"), tiles(call, "dkv")
     rows, keys = ops.queries_that_see(call, arrays), ops.keys_that_are_seen(call, arrays)
@@ -64,13 +64,13 @@ def _of_q_k_v(
     }
     # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
     lse2 = jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E))
-    delta = delta if rows is None else jnp.where(rows[:, None], delta, np.float32(0))
+    delta = delta if rows is None else jnp.where(rows, delta, np.float32(0))
 
-    def common(q_multiple: int, kv_multiple: int) -> ops.Operands:
-        vectors = ops.vectors(call, arrays, q_multiple, kv_multiple)
-        vectors["lse2"] = ops.pad_axis(lse2, 2, q_multiple, np.inf)
-        vectors["delta"] = ops.pad_axis(delta, 2, q_multiple)
-        return given | vectors
+    def common(q_multiple: int, kv_multiple: int, *, keys_first: bool = False) -> ops.Operands:
+        terms = ops.terms(call, arrays, q_multiple, kv_multiple, keys_first=keys_first)
+        terms["lse2"] = ops.pad_axis(lse2, 2, q_multiple, np.inf)
+        terms["delta"] = ops.pad_axis(delta, 2, q_multiple)
+        return given | terms
 
     sizes = over_keys
     found = hopper_backward.query_gradient(
@@ -83,9 +83,8 @@ def _of_q_k_v(
         interpret=interpret,
     )
     sizes = over_queries
-    walked = common(sizes.inner, sizes.outer) | ops.routes(
-        call, arrays, sizes.inner, sizes.outer, over_keys=False
-    )
+    walked = common(sizes.inner, sizes.outer, keys_first=True)
+    walked |= ops.routes(call, arrays, sizes.inner, sizes.outer, over_keys=False)
     together = max(padded(call.dim), padded(call.v_dim)) <= LARGEST_FUSED_DIM
     for names in [("dk", "dv")] if together else [("dk",), ("dv",)]:
         found |= hopper_backward.key_gradients(
@@ -96,8 +95,31 @@ def _of_q_k_v(
             {name: dtype if name == "dv" else gradient_dtype for name in names},
             interpret=interpret,
         )
+    bias = call.shape_of("bias")
+    if bias is not None and 1 not in bias[2:]:
+        sizes = tiles(call, "dbias")
+        walked = common(sizes.outer, sizes.inner)
+        walked |= ops.routes_of_batches(call, arrays, sizes.outer, sizes.inner)
+        dbias = hopper_bias.bias_gradient(
+            call, walked, sizes, problem.factor, arrays.bias.dtype, interpret=interpret
+        )
+        found["dbias"] = cut(dbias, bias)
+    elif bias is not None:
+        found["dbias"] = _shared_bias_gradient(call, found, bias)
     shapes = {name: call.shape(ROLES[name][call.layout]) for name in "qkv"}
     return found | {f"d{name}": cut(found[f"d{name}"], shapes[name]) for name in "qkv"}
+
+
+def _shared_bias_gradient(
+    call: Call, found: dict[str, jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+    """Of a bias that is the same for all keys, or for all queries, from what the kernels summed."""
+    if shape[3] == 1:
+        total = found["dbias_of_queries"][:, :, : call.q_len, None]
+    else:
+        total = found["dbias_of_keys"][:, :, None, : call.k_len]
+    over = [n for n, (have, want) in enumerate(zip(total.shape, shape, strict=True)) if have > want]
+    return total.sum(axis=over, keepdims=True)
 
 
 KERNELS = join.Kernels(_forward, _of_q_k_v)

@@ -13,8 +13,6 @@ second kernel runs once for each.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,37 +77,7 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
     )
 
 
-def _probabilities(
-    call: Call,
-    grid: Grid,
-    terms: tuple[Any, Any],
-    queries: Vectors,
-    keys: Vectors | None,
-    j: Any,
-    s: Any,
-    lse2: Callable[[], Any],
-) -> tuple[Any, Any]:
-    """Probabilities of a tile from q . k, and the derivative of its logits by factor * q . k.
-
-    Args:
-        call: The call.
-        grid: How the tile lies.
-        terms: Factor of the product, and the ALiBi slope or None.
-        queries: Vectors of the queries.
-        keys: Vectors of the keys, None where nothing of the tile is hidden.
-        j: Positions of the keys, or None where nothing needs them.
-        s: q . k.
-        lse2: Gives log2(e) * lse of the queries. Asked late, when what the mask needed is done
-            with: a vector along the columns takes as many registers as a quarter of the tile.
-    """
-    factor, slope = terms
-    x, derivative = tile.logits2(call, grid, s, factor, slope, queries, j)
-    if keys is not None:
-        x = tile.hide(tile.visible(grid, queries, keys, j), x)
-    return jnp.exp2(x - grid.spread(lse2(), grid.queries)), derivative
-
-
-def _dropped(call: Call, grid: Grid, queries: Vectors, j: Any, x: Any) -> Any:
+def dropped(call: Call, grid: Grid, queries: Vectors, j: Any, x: Any) -> Any:
     """Probabilities, or gradients of them, after dropout."""
     if not call.dropout_rate:
         return x
@@ -117,18 +85,10 @@ def _dropped(call: Call, grid: Grid, queries: Vectors, j: Any, x: Any) -> Any:
     return jnp.where(tile.kept(call, grid, queries, j), x * growth, np.float32(0))
 
 
-def _logit_gradient(grid: Grid, p: Any, dp: Any, delta: Any, derivative: Any) -> Any:
+def logit_gradient(grid: Grid, p: Any, dp: Any, delta: Any, derivative: Any) -> Any:
+    """Gradient of the logits before a softcap, by `derivative` of it (None = 1)."""
     ds = p * (dp - grid.spread(delta, grid.queries))
     return ds if derivative is None else ds * derivative
-
-
-def _terms(refs: tile.Refs, factor: float, h: Any) -> tuple[Any, Any]:
-    scale = refs["scale"][h] * np.float32(LOG2E) if "scale" in refs else factor
-    return scale, refs["slopes"][h] if "slopes" in refs else None
-
-
-def _needs_positions(call: Call, slope: Any, *, masked: bool) -> bool:
-    return masked or slope is not None or call.dropout_rate > 0
 
 
 def _store(ref: Any, index: tuple[Any, ...], value: Any, buffer: Any) -> None:
@@ -158,15 +118,18 @@ def query_gradient(
 
     Args:
         call: The call.
-        operands: q, k, v, dout (`operands.rows_of`), the vectors, `lse2`, `delta`, routes if any.
+        operands: q, k, v, dout (`operands.rows_of`), the terms, `lse2`, `delta`, routes if any.
         tiles: Sizes of the tiles.
         factor: What makes base-2 logits of the product of q and k where the scale is no array.
         dtype: Of `dq`.
         interpret: Parameters of the interpreter, None = compile.
 
     Returns:
-        `dq` in the call's layout, padded to whole blocks; with ALiBi `dslopes` and with a scale per
-        head `dscale` (B, N, T padded), the share of each query in the gradient of its head's.
+        `dq` in the call's layout, padded to whole blocks; and (B, N, T padded) where the call has
+        them the share of each query in the gradients of ALiBi's `dslopes`, of `dscale`, and of a
+        bias that is the same for all keys, `dbias_of_queries`. `dp`, the mean of the gradient of
+        the probabilities, and the weights of the shares are for `join`, which corrects the first
+        two by them.
     """
     blocks = plan(call, tiles.outer, tiles.inner)
     length = blocks.queries.count * tiles.outer
@@ -174,7 +137,7 @@ def query_gradient(
     shape = tuple(sizes[letter] for letter in ROLES["q"][call.layout])
     outputs = {"dq": jax.ShapeDtypeStruct(shape, dtype)}
     rows = jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32)
-    outputs |= {f"d{name}": rows for name in ("slopes", "scale") if name in operands}
+    outputs |= dict.fromkeys(_shares(call, operands), rows)
     grid = (call.heads, blocks.queries.count, call.batch)
     return launch(
         lambda refs, *scoped: _query_program(call, tiles, factor, refs, Buffers(*scoped)),
@@ -226,7 +189,7 @@ def _sum_over_keys(
     queries = tile.query_vectors(call, grid, refs, (b, h, start))
     lse2 = grid.load(refs["lse2"].at[b, h], start, 0)
     delta = grid.load(refs["delta"].at[b, h], start, 0)
-    terms = _terms(refs, factor, h)
+    terms = tile.head_terms(refs, factor, h)
     staged = None if buffers.staged is None else buffers.staged.at[warpgroup]
     plgpu.barrier_wait(ready)
 
@@ -238,36 +201,58 @@ def _sum_over_keys(
         plgpu.barrier_wait(buffers.e_ready.at[slot])
         dp = product(dout, v.transpose((1, 0)), grid.shape)
         plgpu.barrier_arrive(buffers.e_free.at[slot])
-        needed = _needs_positions(call, terms[1], masked=masked)
-        first = route.block(n) * tiles.inner if needed else None
-        j = grid.positions(first, 1) if needed else None
+        first = route.block(n) * tiles.inner
+        j = tile.key_positions(call, grid, refs, first, masked=masked)
         keys = tile.key_vectors(grid, refs, b, first) if masked else None
-        p, derivative = _probabilities(call, grid, terms, queries, keys, j, s, lambda: lse2)
-        dp = _dropped(call, grid, queries, j, dp)
-        ds = _logit_gradient(grid, p, dp, delta, derivative)
-        dq, dslopes, dscale = carry
-        if dslopes is not None:
-            distance = jnp.abs(grid.spread(queries["diagonal"], 0) - j).astype(jnp.float32)
-            dslopes = dslopes - (ds * distance).sum(axis=1)
-        if dscale is not None:
-            dscale = dscale + (ds * s).sum(axis=1)
+        at = b, h, start, first
+        x, derivative = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
+        p = jnp.exp2(x - grid.spread(lse2, 0))
+        dp = dropped(call, grid, queries, j, dp)
+        ds = logit_gradient(grid, p, dp, delta, derivative)
+        dq, sums = carry
+        sums = _add_shares(grid, sums, queries, j, s, (p, dp, ds, derivative))
         dq = add_product(dq, ds.astype(k.dtype), k, staged)
         plgpu.barrier_arrive(buffers.d_free.at[slot])
-        return dq, dslopes, dscale
+        return dq, sums
 
-    def zero(name: str) -> Any:
-        if name not in refs:
-            return None
-        return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
-
+    zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
     dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
-    dq, dslopes, dscale = walk(route, step, (dq, zero("dslopes"), zero("dscale")))
+    dq, sums = walk(route, step, (dq, {name: zero for name in SHARES if name in refs}))
     gradient = refs["scale"][h] if "scale" in refs else np.float32(factor / LOG2E)
     _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * gradient, q)
-    if dslopes is not None:
-        refs["dslopes"][b, h, rows] = dslopes
-    if dscale is not None:
-        refs["dscale"][b, h, rows] = dscale
+    for name, total in sums.items():
+        refs[name][b, h, rows] = total
+
+
+SHARES = ("dp", "dslopes", "dslopes_weight", "dscale", "dscale_weight", "dbias_of_queries")
+"""Sums over the keys of each query, beside dq: see `query_gradient`."""
+
+
+def _shares(call: Call, operands: Operands) -> list[str]:
+    """Which of them a call needs."""
+    found = [
+        name
+        for term in ("slopes", "scale")
+        if term in operands
+        for name in (f"d{term}", f"d{term}_weight")
+    ]
+    found = ["dp", *found] if found else []
+    bias = call.shape_of("bias")
+    return [*found, "dbias_of_queries"] if bias is not None and bias[3] == 1 else found
+
+
+def _add_shares(
+    grid: Grid, sums: dict[str, Any], queries: Vectors, j: Any, s: Any, found: tuple[Any, ...]
+) -> dict[str, Any]:
+    """Add what one tile brings to each share."""
+    p, dp, ds, derivative = found
+    by = {"dp": lambda: p * dp, "dbias_of_queries": lambda: ds}
+    slope = p if derivative is None else p * derivative
+    if "dslopes" in sums:
+        distance = -jnp.abs(grid.spread(queries["diagonal"], 0) - j).astype(jnp.float32)
+        by |= {"dslopes": lambda: ds * distance, "dslopes_weight": lambda: slope * distance}
+    by |= {"dscale": lambda: ds * s, "dscale_weight": lambda: slope * s}
+    return {name: total + by[name]().sum(axis=1) for name, total in sums.items()}
 
 
 # --- dk and dv ---
@@ -293,7 +278,9 @@ def key_gradients(
         interpret: Parameters of the interpreter, None = compile.
 
     Returns:
-        The gradients named, in the call's layout, padded to whole blocks.
+        The gradients named, in the call's layout, padded to whole blocks; with dk, where the bias
+        is the same for all queries, the share of each key in its gradient, `dbias_of_keys`
+        (B, N, S padded).
     """
     blocks = plan(call, tiles.inner, tiles.outer)
     length = blocks.keys.count * tiles.outer
@@ -304,6 +291,10 @@ def key_gradients(
         )
         for name, dtype in dtypes.items()
     }
+    bias = call.shape_of("bias")
+    if "dk" in dtypes and bias is not None and bias[2] == 1 < bias[3]:
+        shape = (call.batch, call.heads, length)
+        outputs["dbias_of_keys"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     grid = (call.kv_heads, blocks.keys.count, call.batch)
     return launch(
         lambda refs, *scoped: _key_program(call, tiles, factor, refs, Buffers(*scoped)),
@@ -366,47 +357,57 @@ def _sum_over_queries(
 
     def head(r: Any, carry: Any) -> Any:
         h = group * call.group_size + r
-        terms = _terms(refs, factor, h)
+        terms = tile.head_terms(refs, factor, h)
         scaled = refs["scale"][h] if "scale" in refs else None
 
         def step(n: Any, carry: Any, *, masked: bool) -> Any:
             slot = lax.rem(r * route.last + n, jnp.int32(tiles.stages))
             first = route.block(n) * tiles.inner
             queries = tile.query_vectors(call, grid, refs, (b, h, first), masked=masked)
-            lse2 = functools.partial(grid.load, refs["lse2"].at[b, h], first, 1)
             q, dout = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
             plgpu.barrier_wait(buffers.d_ready.at[slot])
             s = product(k, q.transpose((1, 0)), grid.shape)
-            needed = _needs_positions(call, terms[1], masked=masked)
-            j = grid.positions(start, 0) if needed else None
+            j = tile.key_positions(call, grid, refs, start, masked=masked)
             seen = keys if masked else None
-            p, derivative = _probabilities(call, grid, terms, queries, seen, j, s, lse2)
+            at = b, h, start, first
+            x, derivative = tile.logits2(call, grid, refs, at, terms, queries, seen, j, s)
+            # Read late, when what the mask needed is done with: a vector along the columns takes
+            # as many registers as a quarter of the tile.
+            lse2 = grid.load(refs["lse2"].at[b, h], first, 1)
+            p = jnp.exp2(x - grid.spread(lse2, 1))
             plgpu.barrier_wait(buffers.e_ready.at[slot])
-            dk, dv = carry
+            dk, dv, dbias = carry
             dp = delta = None
             if dv is not None:
-                kept = _dropped(call, grid, queries, j, p)
+                kept = dropped(call, grid, queries, j, p)
                 dv = add_product(dv, kept.astype(dout.dtype), dout, staged)
             if dk is not None:
                 # Read late: its registers are those that lse had.
                 delta = grid.load(refs["delta"].at[b, h], first, 1)
                 dp = product(v, dout.transpose((1, 0)), grid.shape)
-                dp = _dropped(call, grid, queries, j, dp)
+                dp = dropped(call, grid, queries, j, dp)
             plgpu.barrier_arrive(buffers.e_free.at[slot])
             if dk is not None:
-                ds = _logit_gradient(grid, p, dp, delta, derivative)
+                ds = logit_gradient(grid, p, dp, delta, derivative)
+                dbias = None if dbias is None else dbias + ds.sum(axis=1)
                 ds = ds if scaled is None else ds * scaled
                 dk = add_product(dk, ds.astype(q.dtype), q, staged)
             plgpu.barrier_arrive(buffers.d_free.at[slot])
-            return dk, dv
+            return dk, dv, dbias
 
-        return walk(route, step, carry)
+        dk, dv, dbias = walk(route, step, (*carry, no_bias))
+        if dbias is not None:
+            refs["dbias_of_keys"][b, h, rows] = dbias
+        return dk, dv
 
     def zero(name: str, dim: int) -> Any:
         if name not in refs:
             return None
         return plgpu.layout_cast(jnp.zeros((ROWS, padded(dim)), jnp.float32), WGMMA)
 
+    no_bias = None
+    if "dbias_of_keys" in refs:
+        no_bias = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
     carry = zero("dk", call.dim), zero("dv", call.v_dim)
     dk, dv = lax.fori_loop(0, call.group_size, head, carry)
     if dk is not None:

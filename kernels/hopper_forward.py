@@ -40,7 +40,7 @@ from flash_attention_jax.kernels.hopper_pipeline import (
     walk,
 )
 from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, tiled
-from flash_attention_jax.kernels.operands import LN2, LOG2E, Operands, bounded, plan
+from flash_attention_jax.kernels.operands import LN2, Operands, bounded, plan
 
 
 class Buffers(NamedTuple):
@@ -67,7 +67,7 @@ def forward(
 
     Args:
         call: The call.
-        operands: q, k, v (`operands.rows_of`), the vectors, and routes if any.
+        operands: q, k, v (`operands.rows_of`), the terms, and routes if any.
         tiles: Sizes of the tiles.
         factor: What makes base-2 logits of the product of q and k where the scale is no array.
         interpret: Parameters of the interpreter, None = compile.
@@ -153,8 +153,7 @@ def _attend(
     source = refs["q"].at[tile.row_index(call, "q", b, h, pl.ds(start, ROWS))]
     plgpu.copy_gmem_to_smem(source, q, buffers.q_ready.at[warpgroup])
     queries = tile.query_vectors(call, grid, refs, (b, h, start))
-    scale = refs["scale"][h] * np.float32(LOG2E) if "scale" in refs else factor
-    slope = refs["slopes"][h] if "slopes" in refs else None
+    terms = tile.head_terms(refs, factor, h)
     plgpu.barrier_wait(buffers.q_ready.at[warpgroup])
     running = not bounded(call)
     take_turn = _turns(buffers.turn)
@@ -165,13 +164,11 @@ def _attend(
 
         s = product(q, buffers.k.at[slot].transpose((1, 0)), grid.shape, take_turn)
         plgpu.barrier_arrive(buffers.k_free.at[slot])
-        positional = masked or slope is not None or call.dropout_rate
-        first = route.block(n) * tiles.inner if positional else None
-        j = grid.positions(first, 1) if positional else None
-        x, _ = tile.logits2(call, grid, s, scale, slope, queries, j)
-        if masked:
-            keys = tile.key_vectors(grid, refs, b, first)
-            x = tile.hide(tile.visible(grid, queries, keys, j), x)
+        first = route.block(n) * tiles.inner
+        j = tile.key_positions(call, grid, refs, first, masked=masked)
+        keys = tile.key_vectors(grid, refs, b, first) if masked else None
+        at = b, h, start, first
+        x, _ = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
         p, carry = _accumulate(grid, x, carry, running=running, masked=masked)
         if call.dropout_rate:
             p = jnp.where(tile.kept(call, grid, queries, j), p, np.float32(0))

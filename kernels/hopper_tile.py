@@ -4,7 +4,7 @@ The forward pass and dq hold a tile as (queries, keys); dk and dv hold it as (ke
 that probabilities feed the next product from registers. `Grid.queries` says which axis the queries
 are; all else is written once.
 
-    logits2 = log2(e) * softcap(scale * product + alibi),  -inf where not visible
+    logits2 = log2(e) * softcap(scale * product + alibi + bias),  -inf where not visible
 """
 
 from __future__ import annotations
@@ -74,6 +74,24 @@ class Grid:
         part = ref.at[pl.ds(start, self.shape[axis])]
         return _load(part, *_NO_INDEX, layout=WGMMA.reduce(1 - axis), optimized=False)
 
+    def of_pairs(self, ref: Any, place: tuple[Any, Any, Any, Any]) -> Any:
+        """The tile's part of a term that broadcasts to (b, h, rows, columns), spread over it.
+
+        `place` is the batch, the head, the first row and the first column.
+        """
+        part = ref.at[
+            tuple(n if size > 1 else 0 for n, size in zip(place[:2], ref.shape[:2], strict=True))
+        ]
+        row, column = place[2:]
+        if 1 not in part.shape:
+            part = part.at[pl.ds(row, self.rows), pl.ds(column, self.columns)]
+            return _load(part, *_NO_INDEX, layout=WGMMA, optimized=False)
+        if part.shape[1] > 1:
+            return self.spread(self.load(part.at[0], column, 1), 1)
+        if part.shape[0] > 1:
+            return self.spread(self.load(part.at[:, 0], row, 0), 0)
+        return part[0, 0]
+
     def positions(self, start: Any, axis: int) -> jax.Array:
         """Position of each element along `axis`."""
         iota = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=WGMMA)
@@ -125,8 +143,22 @@ def key_vectors(grid: Grid, refs: Refs, b: Any, start: Any) -> Vectors:
     }
 
 
-def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any) -> jax.Array:
-    """Which elements of the tile may be seen."""
+def head_terms(refs: Refs, factor: float, h: Any) -> tuple[Any, Any]:
+    """What makes base-2 logits of a product, and log2(e) times the ALiBi slope or None."""
+    scale = refs["scale"][h] * np.float32(LOG2E) if "scale" in refs else factor
+    return scale, refs["slopes"][h] if "slopes" in refs else None
+
+
+def key_positions(
+    call: Call, grid: Grid, refs: Refs, start: Any, *, masked: bool
+) -> jax.Array | None:
+    """Positions of the keys, where anything asks for them."""
+    asked = masked or "slopes" in refs or call.dropout_rate > 0
+    return grid.positions(start, 1 - grid.queries) if asked else None
+
+
+def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any, mask: Any = None) -> jax.Array:
+    """Which elements of the tile may be seen; `mask` is the tile's part of a dense one."""
     q, k = grid.queries, 1 - grid.queries
     seen = j < grid.spread(queries["high"], q)
     if "low" in queries:
@@ -135,41 +167,61 @@ def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any) -> jax.Array:
         seen = seen & (grid.spread(queries["q_segments"], q) == grid.spread(keys["kv_segments"], k))
     if "kept" in keys:
         seen = seen & (grid.spread(keys["kept"], k) != 0)
-    return seen
+    return seen if mask is None else seen & (mask != 0)
 
 
 def logits2(
-    call: Call, grid: Grid, product: Any, factor: Any, slope: Any, queries: Vectors, j: Any
+    call: Call,
+    grid: Grid,
+    refs: Refs,
+    place: tuple[Any, Any, Any, Any],
+    terms: tuple[Any, Any],
+    queries: Vectors,
+    keys: Vectors | None,
+    j: Any,
+    product: Any,
 ) -> tuple[Any, Any]:
-    """Logits in base 2 before the mask, and their derivative by factor * product (None = 1).
+    """Logits in base 2, and their derivative by factor * product (None = 1).
 
     Args:
         call: The call.
         grid: How the tile lies.
-        product: q . k.
-        factor: What makes base-2 logits of it; the head's own where the scale is an array.
-        slope: log2(e) times the head's ALiBi slope, or None.
+        refs: References, by name.
+        place: The batch, the head, the first row and the first column of the tile.
+        terms: What makes base-2 logits of the product (the head's own where the scale is an array),
+            and log2(e) times the head's ALiBi slope or None.
         queries: Of `query_vectors`.
+        keys: Of `key_vectors`, None where nothing of the tile is hidden.
         j: Positions of the keys, or None where nothing needs them.
+        product: q . k.
     """
+    factor, slope = terms
+
+    def seen() -> Any:
+        mask = grid.of_pairs(refs["mask"], place) if "mask" in refs else None
+        return visible(grid, queries, keys, j, mask)
+
     x = product if isinstance(factor, float) and factor == 1.0 else product * factor
     if slope is not None:
         distance = jnp.abs(grid.spread(queries["diagonal"], grid.queries) - j)
         x = x - slope * distance.astype(jnp.float32)
-    if call.softcap is None:
-        return x, None
-    cap = float(call.softcap * LOG2E)
-    # tanh by exp2, whose approximation is exact to two units; the one of tanh is 11 bits.
-    t = 1.0 - 2.0 / (jnp.exp2(x * float(2.0 * LOG2E / cap)) + 1.0)
-    return t * cap, 1.0 - t * t
+    shown = seen() if "bias" in refs and keys is not None else None
+    if "bias" in refs:
+        bias = grid.of_pairs(refs["bias"], place).astype(jnp.float32)
+        # What is hidden may be NaN, and the derivative of a softcap would keep it.
+        x = x + (bias if shown is None else jnp.where(shown, bias, np.float32(0))) * LOG2E
+    derivative = None
+    if call.softcap is not None:
+        cap = float(call.softcap * LOG2E)
+        # tanh by exp2, whose approximation is exact to two units; the one of tanh is 11 bits.
+        t = 1.0 - 2.0 / (jnp.exp2(x * float(2.0 * LOG2E / cap)) + 1.0)
+        x, derivative = t * cap, 1.0 - t * t
+    if keys is not None:
+        x = jnp.where(seen() if shown is None else shown, x, np.float32(-np.inf))
+    return x, derivative
 
 
 def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:
     """Which probabilities dropout keeps: the bits of every other engine."""
     words = tuple(grid.spread(queries[name], grid.queries) for name in ("first", "second"))
     return _dropout.keep(words, j, call.dropout_rate)
-
-
-def hide(seen: Any, x: Any) -> Any:
-    """-inf where not visible."""
-    return jnp.where(seen, x, np.float32(-np.inf))

@@ -31,7 +31,10 @@ class Kernels(NamedTuple):
         gradients: Called with the problem, its arrays, dout, and lse and delta as (B, N, T). Gives
             `dq`, `dk` and `dv`, and where the call has them `dbias` and `drelative_bias` in the
             arrays' own shapes, and `dscale` and `dslopes`, (B, N, T or longer): the share of each
-            query in the gradient of its head's number.
+            query in the gradient of its head's number. With them, where the backend has them, `dp`
+            (sum over the keys of probability times its gradient) and `dscale_weight`,
+            `dslopes_weight` (what a unit of delta takes from the share), by which the rounding of
+            delta is taken back.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -134,13 +137,14 @@ def _backward(
     wide = jnp.float32
     delta = (out.astype(wide) * dout.astype(wide)).sum(axis=-1) - dlse
     if call.layout == "heads_last":
-        lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+        lse, delta, dlse = (x.swapaxes(1, 2) for x in (lse, delta, dlse))
     found = problem.kernels.gradients(problem, arrays, dout, lse, delta)
     direct = ("q", "k", "v", "bias", "relative_bias")
     gradients = {name: found["d" + name] for name in direct if "d" + name in found}
     for name, shares in (("scale", "dscale"), ("alibi_slopes", "dslopes")):
         if shares in found:
-            per_head = found[shares][:, :, : call.q_len].sum(axis=(0, 2))
+            total = found[shares] + _of_exact_delta(found, shares + "_weight", delta, dlse)
+            per_head = total[:, :, : call.q_len].sum(axis=(0, 2))
             gradients[name] = _to_shape(per_head, getattr(arrays, name))
     if arrays.sinks is not None:
         # A sink is a key without a value: its dP is zero.
@@ -148,6 +152,21 @@ def _backward(
         shares = -(jnp.exp(sinks - lse) * delta).sum(axis=(0, 2))
         gradients["sinks"] = _to_shape(shares, arrays.sinks)
     return gradients
+
+
+def _of_exact_delta(
+    found: Floats, weight: str, delta: jax.Array, dlse: jax.Array
+) -> jax.Array | float:
+    """What a share lacks because delta was made from an output rounded to 16 bits.
+
+    The error of one query is small, but a gradient that sums over all of them adds it up.
+    """
+    if weight not in found:
+        return 0.0
+    weights, dp = found[weight], found["dp"]
+    short = [(0, 0), (0, 0), (0, weights.shape[2] - delta.shape[2])]
+    error = jnp.pad(delta + dlse, short) - dp
+    return jnp.where(weights == 0, 0.0, weights * error)
 
 
 def _to_shape(per_head: jax.Array, like: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from flash_attention_jax import _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._similarity import needs_running_maximum
-from flash_attention_jax._tiles import Axis, Plan
+from flash_attention_jax._tiles import Axis, Plan, Tile
 from flash_attention_jax.kernels._config import COLUMNS
 
 LOG2E = float(np.log2(np.e))
@@ -83,25 +83,35 @@ def clean(call: Call, name: str, x: jax.Array, seen: jax.Array | None) -> jax.Ar
     """Zero the rows of q, k, v or dout that take no part, so that 0 * NaN cannot arise."""
     if seen is None:
         return x
-    axis = ROLES[name][call.layout].index("i" if name in ("q", "out") else "j")
+    roles = ROLES[name][call.layout]
+    length = roles.index("i" if name in ("q", "out") else "j")
+    head = roles.index("n" if name in ("q", "out") else "k")
     shape = [1] * 4
-    shape[0], shape[axis] = seen.shape
+    shape[0], shape[head], shape[length] = seen.shape
+    seen = seen if head < length else seen.swapaxes(1, 2)
     return jnp.where(seen.reshape(shape), x, jnp.zeros((), x.dtype))
 
 
 def queries_that_see(call: Call, arrays: Arrays) -> jax.Array | None:
-    """Which queries may see a key, (B | 1, T); None where all may."""
+    """Which queries may see a key, (B | 1, N | 1, T); None where all may."""
     if not masked(call):
         return None
+    if not _masks_keys_alone(call):
+        return _visible(call, arrays).any(axis=3)
     with once(call, arrays, call.q_len):
         low, high = _masks.key_ranges(call, arrays)
         return _unless_all(low < high)
 
 
 def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
-    """Which keys some query may see, (B | 1, S); None where all are."""
+    """Which keys some query may see, (B | 1, K | 1, S); None where all are."""
     if not masked(call):
         return None
+    if not _masks_keys_alone(call):
+        seen = _visible(call, arrays).any(axis=2)
+        if seen.shape[1] == 1:
+            return seen
+        return seen.reshape(-1, call.kv_heads, call.group_size, call.k_len).any(axis=2)
     with once(call, arrays, max(call.q_len, call.k_len)):
         low, high = _masks.key_ranges(call, arrays)
         some = low < high
@@ -116,9 +126,26 @@ def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
         return _unless_all(seen)
 
 
+def _masks_keys_alone(call: Call) -> bool:
+    """Whether the user's mask, if any, is one of keys: the same for every head and query."""
+    mask = call.shape_of("mask")
+    return mask is None or mask[1:3] == (1, 1)
+
+
+def _visible(call: Call, arrays: Arrays) -> jax.Array:
+    """What a dense mask leaves visible, (B | 1, N | 1, T, S): for a reduction to fuse with."""
+    tile = Tile.whole(call)
+    at = _masks.positions(call, arrays, tile, "bhrij")
+    seen = _masks.visible(call, arrays, tile, at, "bhrij")
+    if seen is None:
+        raise RuntimeError("Nothing is masked: ask `masked` first.")
+    seen = jnp.broadcast_to(seen, (*seen.shape[:3], call.q_len, call.k_len))
+    return seen.reshape(seen.shape[0], -1, call.q_len, call.k_len)
+
+
 def _unless_all(seen: jax.Array) -> jax.Array | None:
-    """None where it is known while tracing that nothing is hidden: then nothing is cleaned."""
-    return None if not isinstance(seen, Tracer) and bool(seen.all()) else seen
+    """With an axis for heads; None where it is known while tracing that nothing is hidden."""
+    return None if not isinstance(seen, Tracer) and bool(seen.all()) else seen[:, None]
 
 
 def _among(ids: jax.Array, others: jax.Array) -> jax.Array:
@@ -131,8 +158,19 @@ def _among(ids: jax.Array, others: jax.Array) -> jax.Array:
     return found == ids
 
 
-def vectors(call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int) -> Operands:
-    """What the element mask and the added terms read, padded so that no read passes the end."""
+def terms(
+    call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int, *, keys_first: bool = False
+) -> Operands:
+    """What the element mask and the added terms read, padded so that no read passes the end.
+
+    Args:
+        call: The call.
+        arrays: Its arrays.
+        q_multiple: Queries of a block.
+        kv_multiple: Keys of a block.
+        keys_first: Whether a tile has its keys as rows; the bias and a dense mask are transposed
+            for it.
+    """
     found: Operands = {}
     with once(call, arrays, call.q_len):
         low, high = _masks.key_ranges(call, arrays)
@@ -143,9 +181,14 @@ def vectors(call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int) -> Op
     if arrays.q_segment_ids is not None:
         found["q_segments"] = pad_axis(arrays.q_segment_ids, 1, q_multiple)
         found["kv_segments"] = pad_axis(arrays.kv_segment_ids, 1, kv_multiple)
-    if arrays.mask is not None:
+    if arrays.mask is not None and _masks_keys_alone(call):
         kept = jnp.broadcast_to(arrays.mask[:, 0, 0], (arrays.mask.shape[0], call.k_len))
         found["kept"] = pad_axis(kept.astype(jnp.int32), 1, kv_multiple)
+    elif arrays.mask is not None:
+        mask = arrays.mask.astype(jnp.int32 if 1 in arrays.mask.shape[2:] else jnp.int8)
+        found["mask"] = _of_pairs(mask, q_multiple, kv_multiple, keys_first=keys_first)
+    if arrays.bias is not None:
+        found["bias"] = _of_pairs(arrays.bias, q_multiple, kv_multiple, keys_first=keys_first)
     if arrays.alibi_slopes is not None:
         i = jnp.arange(call.q_len, dtype=jnp.int32)[None]
         diagonal = i + (call.offset if arrays.q_offset is None else arrays.q_offset)
@@ -156,6 +199,14 @@ def vectors(call: Call, arrays: Arrays, q_multiple: int, kv_multiple: int) -> Op
     if call.dropout_rate:
         found["words"] = arrays.dropout_key
     return found
+
+
+def _of_pairs(x: jax.Array, q_multiple: int, kv_multiple: int, *, keys_first: bool) -> jax.Array:
+    """A term that broadcasts to (b, h, i, j) in whole blocks; an axis of size 1 stays."""
+    for axis, multiple in ((2, q_multiple), (3, kv_multiple)):
+        if x.shape[axis] > 1:
+            x = pad_axis(x, axis, multiple)
+    return x.swapaxes(2, 3) if keys_first else x
 
 
 def per_head(call: Call, x: jax.Array) -> jax.Array:
@@ -187,6 +238,25 @@ def routes(call: Call, arrays: Arrays, block_q: int, block_kv: int, *, over_keys
             return {}
         code = visits.table()
         order, partial, last = _masks.route(code if over_keys else code.swapaxes(1, 2))
+        return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
+
+
+def routes_of_batches(call: Call, arrays: Arrays, block_q: int, block_kv: int) -> Operands:
+    """As `routes`, for programs that own one pair of blocks of the bias and walk batches.
+
+    Returns:
+        `order` (B, pairs, 1) and `counts`; (1, pairs, B) where the bias is shared by the batches.
+    """
+    steps = plan(call, block_q, block_kv)
+    batches, _, _, _ = call.shape_of("bias") or (1, 1, 1, 1)
+    with once(call, arrays, steps.queries.count * steps.keys.count):
+        visits = _masks.Visits.of(steps, arrays)
+        if visits.all_full:
+            return {}
+        code = visits.table()
+        code = jnp.broadcast_to(code, (call.batch, *code.shape[1:])).reshape(call.batch, -1)
+        code = code[:, :, None] if batches == call.batch else code.T[None]
+        order, partial, last = _masks.route(code)
         return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
 
 
