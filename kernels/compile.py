@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from flash_attention_jax import _read
+from flash_attention_jax._call import DIFFERENTIABLE
 from flash_attention_jax.kernels import attention
 
 # Facts about the hardware, and nothing else: what the compiler asks of a device.
@@ -76,6 +77,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"causal": True, "dropout_rate": 0.1},
     "segments": {"causal": True, "segments": True},
     "alibi sinks": {"causal": True, "alibi": True},
+    "scale per head": {"causal": True, "scale_per_head": True},
+    "bias": {"bias": True},
+    "bias causal": {"causal": True, "bias": True},
+    "mask": {"mask": True},
 }
 """What each case asks of `compile_case`."""
 
@@ -165,6 +170,9 @@ def compile_case(
     kv_heads: int = 8,
     segments: bool = False,
     alibi: bool = False,
+    scale_per_head: bool = False,
+    bias: bool = False,
+    mask: bool = False,
     similarity: Literal["dot", "cosine"] = "dot",
     **options: Any,
 ) -> Any:
@@ -176,6 +184,9 @@ def compile_case(
         kv_heads: Key heads, of 8 query heads.
         segments: Whether there are segment ids.
         alibi: Whether there are ALiBi slopes, and sinks.
+        scale_per_head: Whether each head has a learned scale.
+        bias: Whether there is a bias per head with a gradient.
+        mask: Whether there is a dense mask for all heads.
         similarity: The similarity.
         options: As in `flash_attention`.
 
@@ -197,19 +208,25 @@ def compile_case(
         )
     if alibi:
         arrays |= dict.fromkeys(("alibi_slopes", "sinks"), shape(8, dtype=jnp.float32))
+    if scale_per_head:
+        arrays["scale"] = shape(8, dtype=jnp.float32)
+    if bias:
+        arrays["bias"] = shape(1, 8, length, length)
+    if mask:
+        arrays["mask"] = shape(1, 1, length, length, dtype=jnp.bool_)
     if options.get("dropout_rate"):
         arrays["dropout_key"] = shape(2, dtype=jnp.uint32)
 
     def both(arrays: dict[str, Any]) -> Any:
-        rest = {name: x for name, x in arrays.items() if name not in "qkv"}
-
-        def forward(q: Any, k: Any, v: Any) -> Any:
+        def forward(arrays: dict[str, Any]) -> Any:
+            given = dict(arrays)
+            q, k, v = (given.pop(name) for name in "qkv")
             reading = _read.read(
                 q,
                 k,
                 v,
-                None,
-                {**options, **rest},
+                given.pop("mask", None),
+                {**options, **given},
                 layout="heads_last",
                 similarity=similarity,
                 default_scale=10.0 if similarity == "cosine" else None,
@@ -219,7 +236,9 @@ def compile_case(
             given = _read.arrays(reading.call, reading.given)
             return attention.attend(_no_reference, reading.call, given)
 
-        out, pull = jax.vjp(forward, arrays["q"], arrays["k"], arrays["v"])
+        floats = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE}
+        rest = {name: x for name, x in arrays.items() if name not in DIFFERENTIABLE}
+        out, pull = jax.vjp(lambda floats: forward(floats | rest), floats)
         return out, pull(out)
 
     topology = topologies.get_topology_desc(

@@ -273,7 +273,6 @@ def test_lengths_under_a_tile_agree_with_the_formula(length, interpreted):
 
 TRANSFORMS = {
     "jit": jax.jit,
-    "remat": jax.checkpoint,
     "vmap": lambda f: lambda q: jax.vmap(f)(q[None])[0],
     "scan": lambda f: lambda q: jax.lax.scan(lambda c, x: (c, f(x)), 0, q[None])[1][0],
 }
@@ -464,6 +463,8 @@ LOWERED = {
     "heads last, grouped": {"causal": True, "layout": "heads_last", "kv_heads": 2},
     "alibi, softcap": {"alibi_slopes": True, "softcap": 30.0},
     "float16": {"dtype": jnp.float16},
+    "bias": {"bias": (1, 4, 300, 300)},
+    "under remat": {"remat": True},  # which the interpreter's effects do not pass through
 }
 
 
@@ -481,7 +482,12 @@ def test_forward_and_backward_lower_for_cuda(case):
     if options.pop("alibi_slopes", False):
         options["alibi_slopes"] = jnp.ones(4, jnp.float32)
 
+    wrap = jax.checkpoint if options.pop("remat", False) else lambda function: function
+    if "bias" in options:
+        options["bias"] = jnp.zeros(options["bias"], dtype)
+
     def both(q, k, v):
+        @wrap
         def forward(q, k, v):
             reading = _read.read(q, k, v, None, options, layout=layout, **how, **HOPPER)
             given = _read.arrays(reading.call, reading.given)
