@@ -94,7 +94,7 @@ def arrays(call: Call, given: dict[str, Any]) -> Arrays:
     return Arrays(
         **{
             name: (
-                _dropout.key_words(x)
+                _dropout.key_words(jnp.asarray(x))
                 if name == "dropout_key"
                 else jnp.asarray(x).reshape(shapes[name][0])
             ).astype(shapes[name][1])

@@ -1,0 +1,474 @@
+"""Attention over the devices of a mesh: sequences that outgrow one device.
+
+Batch and heads need nothing of this module: every function of the library keeps them sharded under
+`jax.jit` and inside `jax.shard_map`. Where a length is cut, devices have to exchange keys:
+
+* `ring_attention` passes keys and values round (any number of heads, any window),
+* `ulysses_attention` shares the heads out for the time of the attention (as many heads as devices),
+* `context_parallel_attention` takes whole arrays and a mesh, and chooses.
+
+What they compute is what `flash_attention` computes on one device, with the same options, up to
+rounding; dropout has the same bits. Memory on each device is linear in its own part of the length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import jax
+from jax.sharding import PartitionSpec
+
+from flash_attention_jax import _check, _context, _local, _parts, _read
+from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._context import Plan
+from flash_attention_jax._front import check_implementation, check_names
+from flash_attention_jax._order import shard_positions, unzigzag, zigzag
+from flash_attention_jax._read import Options
+from flash_attention_jax._types import ArrayLike
+
+__all__ = [
+    "Plan",
+    "context_parallel_attention",
+    "explain_context_parallel",
+    "ring_attention",
+    "shard_positions",
+    "ulysses_attention",
+    "unzigzag",
+    "zigzag",
+]
+
+
+class SimilarityOptions(Options, total=False):
+    """The options of `flash_attention`, and which similarity and order of axes."""
+
+    similarity: str
+    groups: int
+    l2norm_qk: bool
+    layout: str
+
+
+OWN = ("similarity", "groups", "l2norm_qk", "layout")
+
+
+def _fixed(function: str, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checks the names; what `_read.read` takes as options, and what as arguments of its own."""
+    own = {name: options[name] for name in OWN if name in options}
+    rest = {name: x for name, x in options.items() if name not in OWN}
+    check_names(function, rest, {})
+    check_implementation(rest.get("implementation"))
+    _check.flag("return_lse", rest.get("return_lse", False))
+    layout, similarity = own.get("layout", "heads_first"), own.get("similarity", "dot")
+    _check.choice("layout", layout, ("heads_first", "heads_last"))
+    _check.choice("similarity", similarity, ("dot", "cosine"))
+    return rest, {
+        "layout": layout,
+        "similarity": similarity,
+        "default_scale": 10.0 if similarity == "cosine" else None,
+        "groups": own.get("groups", 1),
+        "l2norm": own.get("l2norm_qk", True),
+    }
+
+
+def _inside(
+    function: str,
+    arrays: tuple[Any, Any, Any, Any],
+    options: Any,
+    way: str,
+    axes: tuple[str, ...],
+    order: str,
+    batch_axis: str | None,
+    head_axis: str | None,
+) -> Any:
+    """Runs a function inside `shard_map`."""
+    rest, fixed = _fixed(function, options)
+    sizes = [_local.axis_size("axis_name", axis) for axis in axes]
+    for name, axis in (("batch_axis", batch_axis), ("head_axis", head_axis)):
+        if axis is not None:
+            _local.axis_size(name, axis)
+    local = _local.read(*arrays, rest, sizes[0], **fixed)
+    _context.check_order(order, local.call, sizes[0])
+    chosen = _context.plan(local.call, (sizes[0], 0), way, order)
+    found = _context.with_origin(local.call, local.arrays, batch_axis, head_axis)
+    out, lse = _context.attend(local.call, found, chosen, axes, rest.get("implementation"))
+    out, lse = out.reshape(local.out_shape), lse.reshape(local.lse_shape)
+    return (out, lse) if rest.get("return_lse", False) else out
+
+
+def ring_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: str,
+    order: str = "contiguous",
+    batch_axis: str | None = None,
+    head_axis: str | None = None,
+    **options: Unpack[SimilarityOptions],
+) -> Any:
+    """`flash_attention` of a sequence that is cut over a mesh axis; inside `jax.shard_map`.
+
+    Queries stay, keys and values go round the devices while each computes with those it has; what
+    a window cannot see is not sent. Out and its gradients are those of one device up to rounding,
+    and the same for every run. Memory on each device grows with its part of the length.
+
+    n devices; b batch, h heads, t queries and s keys of one device.
+
+    Args:
+        q: The device's queries, (b, h, t, d) or the other ranks of `flash_attention`.
+        k: Its keys, (b, hk, s, d).
+        v: Its values, (b, hk, s, e).
+        mask: Its rows of the mask, whole along the keys: (b, h, t, n * s), an axis may be 1, or
+            (b, n * s).
+        axis_name: The mesh axis along which the sequence is cut.
+        order: "contiguous", or "zigzag" for arrays in the order of `zigzag`, which shares causal
+            work equally. Keys of a mask, bias or relative bias are in their natural order always.
+        batch_axis: The mesh axis along which the batch is cut, for dropout's bits; None = not cut,
+            or no matter.
+        head_axis: That along which the heads are cut.
+        **options: Those of `flash_attention`. What belongs to a token is the device's own:
+            q_segment_ids (b, t), kv_segment_ids (b, s), q_offset (b, t); a bias is (b, h, t, n * s)
+            with ones. The rest speaks of the whole: q_lengths and kv_lengths count its tokens,
+            relative_bias has n * (t + s) - 1 entries, causal and windows are about its diagonal.
+            Besides, similarity ("dot", or "cosine" with default scale 10), groups, l2norm_qk, and
+            layout ("heads_first", or "heads_last" for the axes of `dot_product_attention`).
+
+    Returns:
+        The device's out, (b, h, t, e); with return_lse, (out, lse).
+
+    Raises:
+        ValueError: If `axis_name` is no manual mesh axis here, the length does not fit the order,
+            or as `flash_attention` does.
+        TypeError: As `flash_attention` does.
+        NotImplementedError: The implementation asked for by name cannot run this call.
+
+    Example:
+        >>> import functools, jax
+        >>> from flash_attention_jax import flash_attention
+        >>> from flash_attention_jax.sharding import ring_attention
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 16, 8), "float32")
+        >>> cut = jax.sharding.PartitionSpec(None, None, "context")
+        >>> ring = functools.partial(ring_attention, axis_name="context", causal=True)
+        >>> out = jax.shard_map(ring, mesh=mesh, in_specs=cut, out_specs=cut)(q, k, v)
+        >>> bool(jax.numpy.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-5))
+        True
+
+    References:
+        Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite
+        Context", arXiv:2310.01889.
+    """
+    arrays = (q, k, v, mask)
+    return _inside(
+        "ring_attention", arrays, options, "ring", (axis_name,), order, batch_axis, head_axis
+    )
+
+
+def ulysses_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: str,
+    batch_axis: str | None = None,
+    head_axis: str | None = None,
+    **options: Unpack[SimilarityOptions],
+) -> Any:
+    """As `ring_attention`, by all-to-all: every device attends with some heads to all tokens.
+
+    The heads of q are a multiple of the devices. Key heads may be fewer: each device then receives
+    the one that its queries read. What a device sends does not grow with the number of devices, and
+    any engine and kernel runs; nothing is computed meanwhile.
+
+    Args:
+        q: The device's queries, as in `ring_attention`.
+        k: Its keys.
+        v: Its values.
+        mask: Its rows of the mask.
+        axis_name: The mesh axis along which the sequence is cut.
+        batch_axis: As in `ring_attention`.
+        head_axis: As in `ring_attention`.
+        **options: As in `ring_attention`.
+
+    Returns:
+        The device's out, (b, h, t, e); with return_lse, (out, lse).
+
+    Raises:
+        ValueError: If the heads are no multiple of the devices, or as `ring_attention` does.
+        TypeError: As `flash_attention` does.
+        NotImplementedError: The implementation asked for by name cannot run this call.
+
+    Example:
+        >>> import functools, jax
+        >>> from flash_attention_jax import flash_attention
+        >>> from flash_attention_jax.sharding import ulysses_attention
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 16, 8), "float32")
+        >>> cut = jax.sharding.PartitionSpec(None, None, "context")
+        >>> ulysses = functools.partial(ulysses_attention, axis_name="context", causal=True)
+        >>> out = jax.shard_map(ulysses, mesh=mesh, in_specs=cut, out_specs=cut)(q, k, v)
+        >>> bool(jax.numpy.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-5))
+        True
+
+    References:
+        Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509.
+    """
+    arrays = (q, k, v, mask)
+    axes = (axis_name,)
+    return _inside(
+        "ulysses_attention", arrays, options, "ulysses", axes, "contiguous", batch_axis, head_axis
+    )
+
+
+# --- whole arrays and a mesh ---
+
+
+def _resharding(mesh: Any) -> Any:
+    """What brings an array into place where JAX leaves that to us: on a mesh of explicit axes."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return lambda x, spec: x  # shard_map does
+    return lambda x, spec: jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def _sizes(mesh: Any) -> Mapping[str, int]:
+    """Axes of a mesh, of the one that `jax.set_mesh` made current, or sizes as they are."""
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.shape:
+            advice = "Pass one, or call inside jax.set_mesh(mesh)."
+            _check.fail("mesh", "be a jax.sharding.Mesh", "None, and none is set", advice)
+    shape = getattr(mesh, "shape", None)
+    if not isinstance(shape, Mapping):
+        advice = "jax.make_mesh makes one."
+        _check.fail("mesh", "be a jax.sharding.Mesh", _check.shown(mesh), advice, TypeError)
+    return shape
+
+
+def _axes(
+    sizes: Mapping[str, int], length_axis: Any, batch_axis: Any, head_axis: Any
+) -> tuple[str, ...]:
+    """The mesh axes of the length; checks all of them."""
+    length = (length_axis,) if isinstance(length_axis, str) else length_axis
+    if not isinstance(length, tuple) or len(length) not in (1, 2):
+        advice = "Pass 'context', say, or ('ring', 'heads')."
+        got = _check.shown(length_axis)
+        _check.fail("length_axis", "be one mesh axis or two", got, advice, TypeError)
+    named = [("length_axis", axis) for axis in length]
+    named += [(n, a) for n, a in (("batch_axis", batch_axis), ("head_axis", head_axis)) if a]
+    for name, axis in named:
+        if axis not in sizes:
+            advice = "Name one of its axes."
+            _check.fail(name, f"be an axis of the mesh {dict(sizes)}", repr(axis), advice)
+    taken = [axis for _, axis in named]
+    if len(set(taken)) < len(taken):
+        got, advice = ", ".join(map(repr, taken)), "An axis cuts one thing."
+        _check.fail("length_axis`, `batch_axis` and `head_axis", "differ", got, advice)
+    return length
+
+
+def _prepared(
+    function: str,
+    arrays: tuple[Any, Any, Any, Any],
+    options: Any,
+    mesh: Any,
+    axes: tuple[Any, Any, Any],
+    context_parallel: str,
+    order: str,
+) -> tuple[_read.Reading, Call, Plan, tuple[str, ...]]:
+    """Reads a call on whole arrays: what was read, one device's record of the whole, the plan."""
+    rest, fixed = _fixed(function, options)
+    _check.choice("context_parallel", context_parallel, _context.WAYS)
+    sizes = _sizes(mesh)
+    length, batch_axis, head_axis = _axes(sizes, *axes), axes[1], axes[2]
+    reading = _read.read(*arrays, rest, **fixed)
+    call = reading.call
+    shares = {"batch": batch_axis, "heads": head_axis, "kv_heads": head_axis}
+    for field, axis in shares.items():
+        count = getattr(call, field)
+        if axis is not None and count % sizes[axis]:
+            what = {"batch": "batch", "heads": "heads of q", "kv_heads": "heads of k"}[field]
+            got = f"{count} over {sizes[axis]} devices of {axis!r}"
+            name = "head_axis" if axis == head_axis else "batch_axis"
+            _check.fail(name, f"divide the {what}", got, "Use a smaller axis, or None.")
+    devices = [sizes[axis] for axis in length]
+    _context.check_order(order, call, devices[0])
+    own = {
+        field: getattr(call, field) // (sizes[axis] if axis else 1)
+        for field, axis in shares.items()
+    }
+    multiple = functools.reduce(int.__mul__, devices)
+    lengths = {name: -(-getattr(call, name) // multiple) * multiple for name in ("q_len", "k_len")}
+    one = dataclasses.replace(call, **own, **lengths)
+    pair = (devices[0], devices[1]) if len(devices) == 2 else (devices[0], 0)
+    return reading, one, _context.plan(one, pair, context_parallel, order), length
+
+
+def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
+    """How an array of a call lies on the mesh."""
+    places = dict(cut)
+    if name in ("mask", "bias"):
+        places.pop("j")
+    roles = _parts.roles(call.layout, name)
+    return PartitionSpec(
+        *(places.get(r) if n > 1 else None for r, n in zip(roles, x.shape, strict=True))
+    )
+
+
+def context_parallel_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    mesh: Any = None,
+    length_axis: str | tuple[str, str] = "context",
+    batch_axis: str | None = None,
+    head_axis: str | None = None,
+    context_parallel: str = "auto",
+    order: str = "contiguous",
+    **options: Unpack[SimilarityOptions],
+) -> Any:
+    """`flash_attention` on a mesh: the length over one axis or two, batch and heads over others.
+
+    Takes the whole arrays as `flash_attention` does, inside `jax.jit` or not, and does the rest:
+    lengths that the devices do not divide are padded, and the padding hidden.
+
+    Args:
+        q: Queries, as in `flash_attention`.
+        k: Keys.
+        v: Values.
+        mask: As in `flash_attention`.
+        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`.
+        length_axis: The mesh axis along which the length is cut; or two, (ring, heads): a ring over
+            the first, and the heads shared over the second, which is the inner one of the length.
+        batch_axis: The mesh axis along which the batch is cut, or None.
+        head_axis: The mesh axis along which query and key heads are cut, or None.
+        context_parallel: "ring", "ulysses", "ring+ulysses" (two axes), or "auto": Ulysses where the
+            devices divide the heads and it sends less, else the ring; both on two axes.
+            `explain_context_parallel` says which and why.
+        order: "contiguous", or "zigzag" where the arrays are in the order of `zigzag` already
+            (queries, keys and what belongs to them; a mask or bias along its queries alone).
+        **options: Those of `flash_attention`, and similarity, groups, l2norm_qk and layout as in
+            `ring_attention`.
+
+    Returns:
+        As `flash_attention`: out, or with return_lse (out, lse), sharded as the queries.
+
+    Raises:
+        ValueError: If an axis is not in the mesh or does not divide the batch or heads, or as
+            `flash_attention` does.
+        TypeError: As `flash_attention` does.
+        NotImplementedError: The implementation asked for by name cannot run this call.
+
+    Example:
+        >>> import jax
+        >>> from flash_attention_jax import flash_attention
+        >>> from flash_attention_jax.sharding import context_parallel_attention
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 13, 8), "float32")
+        >>> out = context_parallel_attention(q, k, v, mesh=mesh, causal=True)
+        >>> bool(jax.numpy.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-5))
+        True
+    """
+    reading, one, chosen, length = _prepared(
+        "context_parallel_attention",
+        (q, k, v, mask),
+        options,
+        mesh,
+        (length_axis, batch_axis, head_axis),
+        context_parallel,
+        order,
+    )
+    multiple = chosen.ring * chosen.ulysses
+    given = _read.arrays(reading.call, reading.given)
+    call, given = _context.padded(reading.call, given, multiple)
+    whole = {name: x for name, x in given._asdict().items() if x is not None}
+    over = length if len(length) == 2 else length[0]
+    cut = {"b": batch_axis, "n": head_axis, "k": head_axis, "i": over, "j": over}
+    one = dataclasses.replace(one, terms=call.terms)
+
+    def attend(whole: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        arrays = _context.with_origin(one, Arrays(**whole), batch_axis, head_axis)
+        return _context.attend(one, arrays, chosen, length, options.get("implementation"))
+
+    results = {
+        name: jax.ShapeDtypeStruct(call.shape(_parts.roles(call.layout, name)), call.dtype)
+        for name in ("out", "lse")
+    }
+    in_specs = {name: _spec(name, x, call, cut) for name, x in whole.items()}
+    out_specs = {name: _spec(name, x, call, cut) for name, x in results.items()}
+    place = _resharding(mesh)
+    whole = {name: place(x, in_specs[name]) for name, x in whole.items()}
+    out, lse = jax.shard_map(
+        attend, mesh=mesh, in_specs=(in_specs,), out_specs=(out_specs["out"], out_specs["lse"])
+    )(whole)
+    if call.q_len > reading.call.q_len:
+        at = _parts.roles(call.layout, "out").index("i")
+        cut |= {"i": None}  # what is left can no longer be shared equally
+        out, lse = (
+            place(x, _spec(name, x, call, cut))[(slice(None),) * at + (slice(reading.call.q_len),)]
+            for name, x in (("out", out), ("lse", lse))
+        )
+    out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
+    return (out, lse) if options.get("return_lse", False) else out
+
+
+def explain_context_parallel(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    *,
+    mesh: Any = None,
+    length_axis: str | tuple[str, str] = "context",
+    batch_axis: str | None = None,
+    head_axis: str | None = None,
+    context_parallel: str = "auto",
+    order: str = "contiguous",
+    **options: Unpack[SimilarityOptions],
+) -> Plan:
+    """How `context_parallel_attention` would share a call, why, and what it would send.
+
+    Nothing is computed, and no device is needed: the mesh may be a `jax.sharding.AbstractMesh`.
+
+    Args:
+        q: As in `context_parallel_attention`, or a `jax.ShapeDtypeStruct`; so are the others.
+        k: Keys.
+        v: Values.
+        mask: Mask.
+        mesh: A mesh, or one without devices.
+        length_axis: As in `context_parallel_attention`.
+        batch_axis: The same.
+        head_axis: The same.
+        context_parallel: The same.
+        order: The same.
+        **options: The same.
+
+    Returns:
+        A record with `way`, `reason`, `hops`, and the collectives and bytes of each device; print
+        it.
+
+    Raises:
+        ValueError: As `context_parallel_attention` does.
+        TypeError: The same.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flash_attention_jax.sharding import explain_context_parallel
+        >>> mesh = jax.sharding.AbstractMesh((8,), ("context",))
+        >>> q = jax.ShapeDtypeStruct((1, 6, 4096, 64), jnp.bfloat16)
+        >>> print(explain_context_parallel(q, q, q, mesh=mesh, causal=True))
+        context parallel: ring, because 6 heads cannot be shared by 8 devices
+        devices:  ring of 8, heads over 1, contiguous order
+        hops:     7
+        forward:  14 collective-permute: 5,505,024 bytes sent by each device
+        backward: 30 collective-permute: 18,087,936 bytes sent by each device
+    """
+    arrays, axes = (q, k, v, mask), (length_axis, batch_axis, head_axis)
+    function = "explain_context_parallel"
+    return _prepared(function, arrays, options, mesh, axes, context_parallel, order)[2]

@@ -1,0 +1,297 @@
+"""Claims about 8 devices, for `test_sharding` to run in a process that has so many (virtual ones).
+
+Each way to share a sequence is held against one device, forward and backward, with random
+cotangents of out and lse, in float64 so that nothing hides in rounding.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flash_attention_jax import flash_attention, flash_cosine_sim_attention
+from flash_attention_jax.sharding import (
+    context_parallel_attention,
+    explain_context_parallel,
+    ring_attention,
+    shard_positions,
+    unzigzag,
+    zigzag,
+)
+
+B, H, K, T, D = 2, 4, 2, 37, 4
+PER_QUERY = ("q", "mask", "bias", "q_segment_ids")
+
+
+def mesh(explicit=False, **axes):
+    devices = np.array(jax.devices()[: np.prod([*axes.values()])]).reshape([*axes.values()])
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape)
+
+
+def problem(length=T, heads=H, kv_heads=K):
+    return {
+        "q": normal(B, heads, length, D),
+        "k": normal(B, kv_heads, length, D) + np.linspace(-2, 2, length)[:, None],
+        "v": normal(B, kv_heads, length, D + 1),
+    }
+
+
+def everything(length=T, heads=H):
+    """Every term of the contract, and the static options that go with it."""
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, 3, (B, length))).astype(np.int32)
+    named = problem(length, heads) | {
+        "bias": normal(B, heads, length, length),
+        "mask": rng.random((B, 1, length, length)) < 0.8,
+        "q_segment_ids": ids,
+        "kv_segment_ids": ids,
+        "kv_lengths": np.array([length - 5, length], np.int32),
+        "q_lengths": np.array([length, length - 3], np.int32),
+        "q_offset": np.array([0, 2], np.int32),
+        "scale": np.abs(normal(heads)),
+        "sinks": normal(heads),
+        "alibi_slopes": np.abs(normal(heads)),
+        "relative_bias": normal(heads, 2 * length - 1),
+        "dropout_key": np.array([3, 5], np.uint32),
+    }
+    return named, {"window": (20, 3), "dropout_rate": 0.3, "softcap": 5.0}
+
+
+def results(attend, named):
+    """Out, lse and the gradient of every float, for random cotangents."""
+    floats = {name: x for name, x in named.items() if x.dtype == np.float64}
+    others = {name: x for name, x in named.items() if name not in floats}
+
+    def loss(floats):
+        out, lse = attend(**floats, **others)
+        seen = jnp.where(jnp.isfinite(lse), lse, 0.0)
+        total = (out * normal(*out.shape)).sum() + (seen * normal(*lse.shape)).sum()
+        return total, (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(floats)
+    return {"out": out, "lse": lse} | {f"d{name}": x for name, x in gradients.items()}
+
+
+def agree(got, want):
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+@functools.cache
+def on_one_device(length=T, heads=H):
+    named, static = everything(length, heads)
+    return results(functools.partial(flash_attention, **static, return_lse=True), named)
+
+
+WAYS = {
+    "ring": ({"context": 8}, {}, H),
+    "ulysses": ({"context": 4}, {}, H),
+    "ring+ulysses": ({"ring": 2, "heads": 4}, {"length_axis": ("ring", "heads")}, H),
+    "ring and shared batch and heads": (
+        {"data": 2, "model": 2, "context": 2},
+        {"batch_axis": "data", "head_axis": "model"},
+        H,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whole_contract_equals_one_device(way):
+    axes, options, heads = WAYS[way]
+    named, static = everything(heads=heads)
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh(**axes),
+        context_parallel=way.split()[0],
+        return_lse=True,
+        **options,
+        **static,
+    )
+    agree(results(attend, named), on_one_device(heads=heads))
+
+
+def test_zigzag_order_equals_one_device():
+    length, devices = 32, 4
+    named, static = everything(length)
+
+    def attend(**named):
+        named = {
+            name: zigzag(x, 1 if x.ndim == 2 else 2, devices=devices)
+            if name in (*PER_QUERY, "k", "v", "kv_segment_ids")
+            else x
+            for name, x in named.items()
+        }
+        pair = context_parallel_attention(
+            **named,
+            **static,
+            mesh=mesh(context=devices),
+            context_parallel="ring",
+            order="zigzag",
+            return_lse=True,
+        )
+        return tuple(unzigzag(x, 2, devices=devices) for x in pair)
+
+    agree(results(attend, named), on_one_device(length))
+
+
+def test_cosine_parts_add_to_what_one_device_computes():
+    named = problem(length=16) | {"sinks": normal(H)}
+    want = results(
+        functools.partial(flash_cosine_sim_attention, causal=True, return_lse=True), named
+    )
+    cut = PartitionSpec(None, None, "context")
+
+    def attend(q, k, v, sinks):
+        ring = functools.partial(
+            ring_attention,
+            axis_name="context",
+            similarity="cosine",
+            scale=8.0,
+            causal=True,
+            return_lse=True,
+        )
+        return jax.shard_map(
+            lambda q, k, v, sinks: ring(q, k, v, sinks=sinks),
+            mesh=mesh(context=4),
+            in_specs=(cut, cut, cut, PartitionSpec()),
+            out_specs=(cut, cut),
+        )(q, k, v, sinks)
+
+    agree(results(attend, named), want)
+
+
+def test_queries_and_keys_of_other_lengths_in_the_other_layout():
+    named = {"q": normal(B, 13, H, D), "k": normal(B, 22, K, D), "v": normal(B, 22, K, D)}
+    options = {"causal": True, "return_lse": True, "q_offset": 9}
+    want = results(
+        lambda q, k, v: tuple(
+            x.swapaxes(1, 2)
+            for x in flash_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), **options)
+        ),
+        named,
+    )
+    attend = functools.partial(
+        context_parallel_attention, mesh=mesh(context=4), layout="heads_last", **options
+    )
+    agree(results(attend, named), want)
+
+
+def test_same_input_gives_the_same_bits_on_explicit_axes_too():
+    named = problem(length=24)
+    attend = functools.partial(
+        context_parallel_attention, context_parallel="ring", window=7, return_lse=True
+    )
+    first, second = (
+        results(functools.partial(attend, mesh=mesh(explicit, context=4)), named)
+        for explicit in (False, True)
+    )
+    for name, x in first.items():
+        assert (np.asarray(x) == np.asarray(second[name])).all(), name
+
+
+def test_forward_mode_goes_through_the_ring():
+    named = problem(length=8)
+    options = {"differentiation": "any", "causal": True}
+    along = {name: normal(*x.shape, 1)[..., 0] for name, x in named.items()}
+
+    def slope(attend):
+        return jax.jit(lambda x, dx: jax.jvp(lambda x: attend(**x), (x,), (dx,))[1])(named, along)
+
+    ring = functools.partial(
+        context_parallel_attention, mesh=mesh(context=2), context_parallel="ring", **options
+    )
+    want = slope(functools.partial(flash_attention, **options))
+    np.testing.assert_allclose(slope(ring), want, rtol=1e-11, atol=1e-12)
+
+
+def test_nan_in_keys_that_nobody_sees_stays_where_it_is():
+    named = problem(length=24)
+    named["k"][:, :, -2:] = np.nan
+    named["v"][:, :, -2:] = np.nan
+    named["kv_lengths"] = np.array([22, 22], np.int32)
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh(context=4),
+        context_parallel="ring",
+        return_lse=True,
+    )
+    for name, x in results(attend, named).items():
+        assert np.isfinite(x).all(), name
+
+
+def test_positions_follow_the_order():
+    cut = PartitionSpec("context")
+    for order in ("contiguous", "zigzag"):
+        positions = jax.shard_map(
+            lambda order=order: shard_positions(4, axis_name="context", order=order),
+            mesh=mesh(context=8),
+            in_specs=(),
+            out_specs=cut,
+        )()
+        want = np.arange(32) if order == "contiguous" else zigzag(np.arange(32), 0, devices=8)
+        assert (np.asarray(positions) == np.asarray(want)).all()
+
+
+# --- what is sent ---
+
+KINDS = ("collective-permute", "all-to-all", "all-gather", "all-reduce", "reduce-scatter")
+
+
+def collectives(function, *args):
+    """How often a compiled function runs each collective, loops counted by their trips."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    bodies, name = {}, ""
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            name = line.split()[1 if line.startswith("ENTRY") else 0].lstrip("%")
+            bodies[name] = []
+        bodies.setdefault(name, []).append(line)
+
+    def count(name, times, totals):
+        for line in bodies[name]:
+            for kind in KINDS:
+                if re.search(rf" {kind}(-start)?\(", line):
+                    totals[kind] = totals.get(kind, 0) + times
+            trips = re.search(r'known_trip_count[^}]*"n":"(\d+)"', line)
+            for callee in re.findall(r"(?:body|to_apply|calls|computation)=%?([\w.\-]+)", line):
+                count(callee, times * int(trips.group(1)) if trips else times, totals)
+        return totals
+
+    entry = next(
+        line.split()[1].lstrip("%") for line in text.splitlines() if line.startswith("ENTRY")
+    )
+    return count(entry, 1, {})
+
+
+SENT = [
+    ("ring", {"causal": True}, 8),
+    ("ring", {"window": (5, 9)}, 8),
+    ("ulysses", {"causal": True}, 8),
+    ("ring+ulysses", {"causal": True}, 8),
+]
+
+
+@pytest.mark.parametrize(("way", "options", "heads"), SENT)
+def test_collectives_are_those_that_the_formula_says(way, options, heads):
+    two = way == "ring+ulysses"
+    where = mesh(ring=4, heads=2) if two else mesh(context=8)
+    axes = ("ring", "heads") if two else "context"
+    options = options | {"mesh": where, "context_parallel": way, "length_axis": axes}
+    sharding = NamedSharding(where, PartitionSpec(None, None, axes))
+    named = problem(length=32, heads=heads)
+    q, k, v = (jax.device_put(named[name], sharding) for name in "qkv")
+    said = explain_context_parallel(q, k, v, **options)
+    attend = functools.partial(context_parallel_attention, **options)
+    assert collectives(attend, q, k, v) == said.forward
+    out, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
+    assert collectives(lambda pull, dout: pull(dout), pull, out) == said.backward
