@@ -10,7 +10,7 @@ import jax
 
 from flash_attention_jax import _blocked, _checkpointed, _dense
 from flash_attention_jax._call import Arrays, Call
-from flash_attention_jax.kernels import _support
+from flash_attention_jax.kernels import _support, triton_support
 
 Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
 
@@ -20,6 +20,12 @@ def _hopper(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     from flash_attention_jax.kernels import attention
 
     return attention.attend(_blocked.attend, call, arrays)
+
+
+def _triton(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    from flash_attention_jax.kernels import triton_attention
+
+    return triton_attention.attend(_blocked.attend, call, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Implementation:
 TABLE = (
     # Fastest first: the first that does not decline is taken.
     Implementation("hopper", _support.hopper_why_not, _hopper),
-    Implementation("triton", _support.triton_why_not, None),
+    Implementation("triton", triton_support.why_not, _triton),
     # O(n) memory everywhere, reverse mode to any order.
     Implementation("blocked", _blocked.why_not, _blocked.attend),
     # Every mode of differentiation, about twice the work backward.

@@ -70,4 +70,9 @@ def keep(words: tuple[Any, Any], j: Any, rate: float) -> Any:
     """Which entries stay: boolean, of the shape that the row words and `j` broadcast to."""
     first, second = words
     bits = mix(mix(j.astype(jnp.uint32) * GOLDEN + first) ^ second)
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits >= np.uint32(threshold(rate))
+
+
+def threshold(rate: float) -> int:
+    """The bits below it are dropped."""
+    return min(round(rate * 2**32), 2**32 - 1)

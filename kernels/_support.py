@@ -129,10 +129,3 @@ def _runtime_why_not(version: int | None) -> str | None:
             "install CUDA 12.9.1 or newer"
         )
     return None
-
-
-def triton_why_not(call: Call) -> str | None:
-    """Why the Triton kernels decline `call`, or None where they accept it."""
-    from flash_attention_jax.kernels import triton_support
-
-    return triton_support.why_not(call)

@@ -1,0 +1,221 @@
+"""The Triton kernels as `join` wants them: what each pass launches, and what `vmap` makes of it.
+
+jax-triton knows neither derivatives nor `vmap`: `join` has the first, and here examples become
+batches where that means the same, and are taken one after another where it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax.kernels import join, triton_backward, triton_forward
+from flash_attention_jax.kernels import operands as ops
+from flash_attention_jax.kernels.join import Problem, Reference
+from flash_attention_jax.kernels.triton_config import Direction, tiles_of
+from flash_attention_jax.kernels.triton_launch import Shapes, launch, operands, spec_of
+
+Given = dict[str, jax.Array]
+Pass = Callable[[Problem, Given], dict[str, jax.Array]]
+
+
+def attend(reference: Reference, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Attention by the Triton kernels; arguments and results as in `join.attend`."""
+    return join.attend(KERNELS, reference, call, arrays)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+# --- forward ---
+
+
+def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    found = _batched(_run_forward, problem, _present(arrays))
+    return found["out"], found["lse"]
+
+
+def _run_forward(problem: Problem, given: Given) -> dict[str, jax.Array]:
+    call, arrays = problem.call, Arrays(**given)
+    tiles = tiles_of(call, "forward")
+    read = operands(call, arrays, tiles, over_keys=True)
+    if arrays.sinks is not None:
+        read["sinks"] = ops.per_head(call, arrays.sinks) * np.float32(ops.LOG2E)
+    made = {
+        "out": jax.ShapeDtypeStruct(call.shape(ROLES["out"][call.layout]), jnp.dtype(call.dtype)),
+        "lse": jax.ShapeDtypeStruct(call.shape(ROLES["lse"][call.layout]), jnp.float32),
+    }
+    spec = spec_of(call, tiles, problem.factor, read)
+    grid = _blocks(call.q_len, tiles.block_q) * call.heads * call.batch
+    return launch(triton_forward.triton_forward, call, tiles, spec, read, made, grid)
+
+
+# --- backward ---
+
+
+def _gradients(
+    problem: Problem, arrays: Arrays, dout: jax.Array, lse: jax.Array, delta: jax.Array
+) -> dict[str, jax.Array]:
+    given = _present(arrays) | {"dout": dout, "lse": lse, "delta": delta}
+    return _batched(_run_gradients, problem, given)
+
+
+def _run_gradients(problem: Problem, given: Given) -> dict[str, jax.Array]:
+    given = dict(given)
+    call, lse = problem.call, given.pop("lse")
+    # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
+    lse2 = jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E))
+    read = {
+        "dout": given.pop("dout").astype(call.dtype),
+        "lse2": lse2,
+        "delta": given.pop("delta"),
+    }
+    arrays = Arrays(**given)
+    # Wide for the derivative of the norm.
+    normed = call.similarity == "cosine" and call.l2norm
+    dtypes = {"q": jnp.float32, "k": jnp.float32} if normed else {}
+    shapes = {
+        f"d{name}": jax.ShapeDtypeStruct(
+            call.shape(ROLES[name][call.layout]), jnp.dtype(dtypes.get(name, call.dtype))
+        )
+        for name in "qkv"
+    }
+
+    def run(kernel: Any, direction: Direction, made: Shapes, count: Any, over_keys: Any) -> Any:
+        tiles = tiles_of(call, direction)
+        every = operands(call, arrays, tiles, over_keys=over_keys) | read
+        spec = spec_of(call, tiles, problem.factor, every)
+        return launch(kernel, call, tiles, spec, every, made, count(tiles))
+
+    terms = {"dslopes": arrays.alibi_slopes, "dscale": arrays.scale}
+    found = run(
+        triton_backward.triton_dq,
+        "dq",
+        {"dq": shapes["dq"]} | {name: _shares(call, term) for name, term in terms.items()},
+        lambda tiles: _blocks(call.q_len, tiles.block_q) * call.heads * call.batch,
+        True,
+    )
+    for name, term in terms.items():
+        if term is None:
+            del found[name]
+    found |= run(
+        triton_backward.triton_dkv,
+        "dkv",
+        {"dk": shapes["dk"], "dv": shapes["dv"]},
+        lambda tiles: _blocks(call.k_len, tiles.block_kv) * call.kv_heads * call.batch,
+        False,
+    )
+    if arrays.bias is not None:
+        batch, heads, i_size, j_size = arrays.bias.shape
+        found |= run(
+            triton_backward.triton_dbias,
+            "dbias",
+            {"dbias": jax.ShapeDtypeStruct(arrays.bias.shape, jnp.float32)},
+            lambda tiles: (
+                batch
+                * heads
+                * (1 if i_size == 1 else _blocks(i_size, tiles.block_q))
+                * (1 if j_size == 1 else _blocks(j_size, tiles.block_kv))
+            ),
+            None,
+        )
+    if arrays.relative_bias is not None:
+        heads, count = arrays.relative_bias.shape
+        found |= run(
+            triton_backward.triton_drelative,
+            "drelative",
+            {"drelative": jax.ShapeDtypeStruct((heads, count), jnp.float32)},
+            lambda tiles: heads * _blocks(count, tiles.block_q),
+            None,
+        )
+        found["drelative_bias"] = found.pop("drelative")
+    return found
+
+
+def _shares(call: Call, term: jax.Array | None) -> jax.ShapeDtypeStruct:
+    """A number per query; one in all where nothing is written."""
+    rows = (1,) if term is None else (call.batch, call.heads, call.q_len)
+    return jax.ShapeDtypeStruct(rows, jnp.float32)
+
+
+KERNELS = join.Kernels(_forward, _gradients)
+
+
+# --- vmap ---
+
+
+def _present(arrays: Arrays) -> Given:
+    return {name: x for name, x in arrays._asdict().items() if x is not None}
+
+
+def _batched(run: Pass, problem: Problem, given: Given) -> dict[str, jax.Array]:
+    """Call a pass so that `vmap` of it works."""
+
+    @jax.custom_batching.custom_vmap
+    def function(given: Given) -> dict[str, jax.Array]:
+        return run(problem, given)
+
+    @function.def_vmap
+    def _(axis_size: int, in_batched: list[dict[str, bool]], given: Given) -> Any:
+        mapped = in_batched[0]
+        if _folds(problem.call, mapped):
+            found = _folded(run, problem, axis_size, mapped, given)
+        else:
+            varying = {name: x for name, x in given.items() if mapped[name]}
+            fixed = {name: x for name, x in given.items() if not mapped[name]}
+            found = jax.lax.map(lambda one: _batched(run, problem, fixed | one), varying)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return function(given)
+
+
+_PER_EXAMPLE = ("dout", "lse", "delta")
+"""What a pass reads besides the arrays of its call; the batch is the first axis."""
+
+
+def _folds(call: Call, mapped: dict[str, bool]) -> bool:
+    """Whether examples may stand as batches of one call, each with a gradient of its own."""
+    if call.dropout_rate:  # its bits depend on the batch
+        return False
+    for name, x in mapped.items():
+        leads = name in ("q", "k", "v", *_PER_EXAMPLE) or TERM_ROLES[name][0] == "b"
+        if x and not leads:
+            return False
+        shape = call.shape_of(name)
+        if x and shape is not None and shape[0] != call.batch:
+            return False
+    # A gradient that is summed over the batch would be summed over the examples.
+    backward = "dout" in mapped
+    shared = backward and "bias" in mapped and not mapped["bias"]
+    return not (shared or (backward and "relative_bias" in mapped))
+
+
+def _folded(
+    run: Pass, problem: Problem, size: int, mapped: dict[str, bool], given: Given
+) -> dict[str, jax.Array]:
+    """The pass on examples as batches."""
+    call = problem.call
+
+    def fold(name: str, x: jax.Array) -> jax.Array:
+        if mapped[name]:
+            return x.reshape(-1, *x.shape[2:])
+        term = name in TERM_ROLES
+        if (term and TERM_ROLES[name][0] != "b") or (term and x.shape[0] == 1):
+            return x
+        return jnp.broadcast_to(x[None], (size, *x.shape)).reshape(-1, *x.shape[1:])
+
+    given = {name: fold(name, x) for name, x in given.items()}
+    terms = tuple(
+        (name, given[name].shape if name in given else shape, dtype)
+        for name, shape, dtype in call.terms
+    )
+    wide = dataclasses.replace(call, batch=call.batch * size, terms=terms)
+    found = run(dataclasses.replace(problem, call=wide), given)
+    return {name: x.reshape(size, -1, *x.shape[1:]) for name, x in found.items()}

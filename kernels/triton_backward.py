@@ -1,0 +1,501 @@
+"""Backward on any NVIDIA GPU from Ampere on, bit for bit the same each time.
+
+FlashAttention-2 (Dao 2023), algorithm 2, split so that each gradient is summed by the program that
+owns it, in a fixed order: `triton_dq` owns blocks of queries, `triton_dkv` blocks of keys, and the
+other two blocks of what they differentiate. Each makes the scores of its tiles anew; in return
+nothing is added in memory, and nothing depends on which program ran first.
+"""
+
+# Triton's language only looks like Python: a checker sees neither its constants nor its tensors.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flash_attention_jax.kernels.triton_tile import (
+    Refs,
+    added,
+    along,
+    block_of,
+    first_of,
+    load_queries,
+    load_rows,
+    logit_gradients,
+    product,
+    rounded,
+    route_of,
+    some,
+    store_rows,
+    used_keys,
+    visible,
+)
+
+
+@triton.jit
+def _load_sums(lse2, delta, spec: tl.constexpr, b, h, queries):
+    """log2(e) * lse and delta of some queries; one past the end has no probabilities."""
+    at = (b * spec.heads + h).to(tl.int64) * spec.q_len
+    lse2 = tl.load(lse2 + at + queries.i, mask=queries.inside, other=float("inf"))
+    return lse2, tl.load(delta + at + queries.i, mask=queries.inside, other=0.0)
+
+
+# --- dq ---
+
+
+@triton.jit
+def triton_dq(
+    q,
+    k,
+    v,
+    low,
+    high,
+    q_segments,
+    kv_segments,
+    mask,
+    bias,
+    diagonal,
+    slopes,
+    relative,
+    scale,
+    words,
+    origin,
+    order,
+    counts,
+    dout,
+    lse2,
+    delta,
+    dq,
+    dslopes,
+    dscale,
+    spec: tl.constexpr,
+):
+    """Dq of one block of queries of one head, and what each query gives its head's numbers.
+
+    Grid (blocks * heads * batch,).
+    """
+    refs = Refs(
+        q=q,
+        k=k,
+        v=v,
+        low=low,
+        high=high,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        mask=mask,
+        bias=bias,
+        diagonal=diagonal,
+        slopes=slopes,
+        relative=relative,
+        scale=scale,
+        words=words,
+        origin=origin,
+        order=order,
+        counts=counts,
+    )
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_Q: tl.constexpr = spec.block_q
+    OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
+    INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
+    program = tl.program_id(0)
+    block = program % OUTERS
+    h = program // OUTERS % spec.heads
+    b = program // (OUTERS * spec.heads)
+    if spec.causal:
+        block = OUTERS - 1 - block  # the longest first
+    at = b, h, block * BLOCK_Q
+    queries = load_queries(refs, spec, b, h, block * BLOCK_Q, BLOCK_Q)
+    sums = _load_sums(lse2, delta, spec, b, h, queries)
+    rows = load_rows(q, spec.q, at, queries.inside, BLOCK_Q, spec.dim, spec.block_d, True)
+    cotangent = load_rows(
+        dout, spec.out, at, queries.inside, BLOCK_Q, spec.v_dim, spec.block_e, True
+    )
+    acc = tl.zeros([BLOCK_Q, spec.block_d], tl.float32)
+    shares = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    route = route_of(refs, spec, b, block, OUTERS, INNERS)
+    if spec.order is not None:
+        for n in range(route.partial):
+            key_block = tl.load(route.order + n)
+            acc, shares = _step_over_keys(
+                refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, shares, True
+            )
+    first = first_of(route, spec, INNERS)
+    for n in range(route.partial, route.last):
+        key_block = block_of(route, spec, n, first)
+        acc, shares = _step_over_keys(
+            refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, shares, False
+        )
+    if spec.scale:
+        acc *= tl.load(scale + h)
+    else:
+        acc *= spec.factor * LN2
+    store_rows(dq, spec, spec.q, at, queries.inside, acc, BLOCK_Q, spec.dim, spec.block_d)
+    own = (b * spec.heads + h).to(tl.int64) * spec.q_len + queries.i
+    if spec.diagonal is not None:
+        tl.store(dslopes + own, shares[0], mask=queries.inside)
+    if spec.scale:
+        tl.store(dscale + own, shares[1], mask=queries.inside)
+
+
+@triton.jit
+def _step_over_keys(
+    refs,
+    spec: tl.constexpr,
+    b,
+    h,
+    queries,
+    sums,
+    rows,
+    cotangent,
+    key_block,
+    acc,
+    shares,
+    MASKED: tl.constexpr,
+):
+    BLOCK_KV: tl.constexpr = spec.block_kv
+    j = key_block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    at = b, h // spec.group, key_block * BLOCK_KV
+    seen = True
+    used = True
+    if MASKED:
+        seen = visible(refs, spec, b, h, queries, j, 0)
+        used = used_keys(spec, queries, j, seen)
+    k = load_rows(refs.k, spec.k, at, used, BLOCK_KV, spec.dim, spec.block_d, MASKED)
+    v = load_rows(refs.v, spec.v, at, used, BLOCK_KV, spec.v_dim, spec.block_e, MASKED)
+    scores = product(rows, tl.trans(k), spec)
+    dp = product(cotangent, tl.trans(v), spec)
+    _, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, MASKED)
+    dslope, dscale = shares
+    if spec.diagonal is not None:
+        distance = tl.abs(along(queries.diagonal, 0) - along(j, 1)).to(tl.float32)
+        dslope -= tl.sum(ds * distance, 1)
+    if spec.scale:
+        if MASKED:
+            scores = tl.where(seen, scores, 0.0)
+        dscale += tl.sum(ds * scores, 1)
+    acc = added(rounded(ds, k.dtype, spec), k, acc, spec)
+    return acc, (dslope, dscale)
+
+
+# --- dk and dv ---
+
+
+@triton.jit
+def triton_dkv(
+    q,
+    k,
+    v,
+    low,
+    high,
+    q_segments,
+    kv_segments,
+    mask,
+    bias,
+    diagonal,
+    slopes,
+    relative,
+    scale,
+    words,
+    origin,
+    order,
+    counts,
+    dout,
+    lse2,
+    delta,
+    dk,
+    dv,
+    spec: tl.constexpr,
+):
+    """Dk and dv of one block of keys of one key head, summed over the query heads that share it.
+
+    Grid (blocks * kv_heads * batch,). Tiles are (keys, queries).
+    """
+    refs = Refs(
+        q=q,
+        k=k,
+        v=v,
+        low=low,
+        high=high,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        mask=mask,
+        bias=bias,
+        diagonal=diagonal,
+        slopes=slopes,
+        relative=relative,
+        scale=scale,
+        words=words,
+        origin=origin,
+        order=order,
+        counts=counts,
+    )
+    LN2: tl.constexpr = 0.6931471805599453
+    BLOCK_KV: tl.constexpr = spec.block_kv
+    OUTERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
+    INNERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
+    program = tl.program_id(0)
+    block = program % OUTERS
+    group = program // OUTERS % spec.kv_heads
+    b = program // (OUTERS * spec.kv_heads)
+    at = b, group, block * BLOCK_KV
+    j = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    inside = j < spec.k_len
+    keys = load_rows(k, spec.k, at, inside, BLOCK_KV, spec.dim, spec.block_d, True)
+    values = load_rows(v, spec.v, at, inside, BLOCK_KV, spec.v_dim, spec.block_e, True)
+    dkeys = tl.zeros([BLOCK_KV, spec.block_d], tl.float32)
+    dvalues = tl.zeros([BLOCK_KV, spec.block_e], tl.float32)
+    route = route_of(refs, spec, b, block, OUTERS, INNERS)
+    first = first_of(route, spec, INNERS)
+    for member in range(spec.group):
+        h = group * spec.group + member
+        if spec.order is not None:
+            for n in range(route.partial):
+                query_block = tl.load(route.order + n)
+                dkeys, dvalues = _step_over_queries(
+                    refs, spec, dout, lse2, delta, b, h, j, keys, values, query_block, dkeys,
+                    dvalues, True,
+                )  # fmt: skip
+        for n in range(route.partial, route.last):
+            query_block = block_of(route, spec, n, first)
+            dkeys, dvalues = _step_over_queries(
+                refs, spec, dout, lse2, delta, b, h, j, keys, values, query_block, dkeys, dvalues,
+                False,
+            )  # fmt: skip
+    if not spec.scale:
+        dkeys *= spec.factor * LN2
+    store_rows(dk, spec, spec.k, at, inside, dkeys, BLOCK_KV, spec.dim, spec.block_d)
+    store_rows(dv, spec, spec.v, at, inside, dvalues, BLOCK_KV, spec.v_dim, spec.block_e)
+
+
+@triton.jit
+def _step_over_queries(
+    refs,
+    spec: tl.constexpr,
+    dout,
+    lse2,
+    delta,
+    b,
+    h,
+    j,
+    keys,
+    values,
+    query_block,
+    dkeys,
+    dvalues,
+    MASKED: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = spec.block_q
+    start = query_block * BLOCK_Q
+    queries = load_queries(refs, spec, b, h, start, BLOCK_Q)
+    at = b, h, start
+    seen = True
+    used = True
+    if MASKED:
+        seen = visible(refs, spec, b, h, queries, j, 1)
+        used = some(seen, 1)
+    q = load_rows(refs.q, spec.q, at, used, BLOCK_Q, spec.dim, spec.block_d, MASKED)
+    do = load_rows(dout, spec.out, at, used, BLOCK_Q, spec.v_dim, spec.block_e, MASKED)
+    sums = _load_sums(lse2, delta, spec, b, h, queries)
+    scores = product(keys, tl.trans(q), spec)
+    dp = product(values, tl.trans(do), spec)
+    p, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 1, MASKED)
+    dvalues = added(rounded(p, do.dtype, spec), do, dvalues, spec)
+    if spec.scale:
+        ds *= tl.load(refs.scale + h)
+    dkeys = added(rounded(ds, q.dtype, spec), q, dkeys, spec)
+    return dkeys, dvalues
+
+
+# --- the gradients of what is added to the logits ---
+
+
+@triton.jit
+def _tile_gradient(
+    refs, spec: tl.constexpr, dout, lse2, delta, b, h, start, key_start, KEYS: tl.constexpr
+):
+    """Gradients of the logits of one tile, (queries, keys), wherever it lies; 0 where hidden."""
+    BLOCK_Q: tl.constexpr = spec.block_q
+    queries = load_queries(refs, spec, b, h, start, BLOCK_Q)
+    j = key_start + tl.arange(0, KEYS)
+    inside = along((j >= 0) & (j < spec.k_len), 1)
+    if spec.ranges is None:
+        seen = inside & along(queries.inside, 0)
+    else:
+        seen = inside & visible(refs, spec, b, h, queries, j, 0)
+    at = b, h, start
+    key_at = b, h // spec.group, key_start
+    rows, used = some(seen, 0), some(seen, 1)
+    q = load_rows(refs.q, spec.q, at, rows, BLOCK_Q, spec.dim, spec.block_d, True)
+    do = load_rows(dout, spec.out, at, rows, BLOCK_Q, spec.v_dim, spec.block_e, True)
+    k = load_rows(refs.k, spec.k, key_at, used, KEYS, spec.dim, spec.block_d, True)
+    v = load_rows(refs.v, spec.v, key_at, used, KEYS, spec.v_dim, spec.block_e, True)
+    sums = _load_sums(lse2, delta, spec, b, h, queries)
+    scores = product(q, tl.trans(k), spec)
+    dp = product(do, tl.trans(v), spec)
+    _, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, True)
+    return ds
+
+
+@triton.jit
+def triton_dbias(
+    q,
+    k,
+    v,
+    low,
+    high,
+    q_segments,
+    kv_segments,
+    mask,
+    bias,
+    diagonal,
+    slopes,
+    relative,
+    scale,
+    words,
+    origin,
+    order,
+    counts,
+    dout,
+    lse2,
+    delta,
+    dbias,
+    spec: tl.constexpr,
+):
+    """One tile of the bias's gradient, summed over every axis along which the bias broadcasts.
+
+    Grid (tiles of queries * tiles of keys * heads * batch,), each 1 where the bias has no such
+    axis.
+    """
+    refs = Refs(
+        q=q,
+        k=k,
+        v=v,
+        low=low,
+        high=high,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        mask=mask,
+        bias=bias,
+        diagonal=diagonal,
+        slopes=slopes,
+        relative=relative,
+        scale=scale,
+        words=words,
+        origin=origin,
+        order=order,
+        counts=counts,
+    )
+    BLOCK_Q: tl.constexpr = spec.block_q
+    BLOCK_KV: tl.constexpr = spec.block_kv
+    Q_BLOCKS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
+    KV_BLOCKS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
+    # What the grid counts, and what a program walks.
+    OWN_Q: tl.constexpr = Q_BLOCKS if spec.bias.query != 0 else 1
+    OWN_KV: tl.constexpr = KV_BLOCKS if spec.bias.key != 0 else 1
+    OWN_H: tl.constexpr = spec.heads if spec.bias.head != 0 else 1
+    WALK_Q: tl.constexpr = Q_BLOCKS // OWN_Q
+    WALK_KV: tl.constexpr = KV_BLOCKS // OWN_KV
+    WALK_H: tl.constexpr = spec.heads // OWN_H
+    WALK_B: tl.constexpr = spec.batch if spec.bias.batch == 0 else 1
+    program = tl.program_id(0)
+    own_kv = program % OWN_KV
+    own_q = program // OWN_KV % OWN_Q
+    own_h = program // (OWN_KV * OWN_Q) % OWN_H
+    own_b = program // (OWN_KV * OWN_Q * OWN_H)
+    acc = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
+    for n in range(WALK_Q * WALK_KV * WALK_H * WALK_B):
+        kv_block = own_kv + n % WALK_KV
+        q_block = own_q + n // WALK_KV % WALK_Q
+        h = own_h + n // (WALK_KV * WALK_Q) % WALK_H
+        b = own_b + n // (WALK_KV * WALK_Q * WALK_H)
+        acc += _tile_gradient(
+            refs, spec, dout, lse2, delta, b, h, q_block * BLOCK_Q, kv_block * BLOCK_KV, BLOCK_KV
+        )
+    base = dbias + tl.cast(own_b, tl.int64) * spec.bias.batch
+    base += tl.cast(own_h, tl.int64) * spec.bias.head
+    i = own_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    j = own_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    rows, columns = tl.cast(i, tl.int64) * spec.bias.query, j * spec.bias.key
+    if (spec.bias.query == 0) & (spec.bias.key == 0):
+        tl.store(base, tl.sum(tl.sum(acc, 1), 0))
+    elif spec.bias.query == 0:
+        tl.store(base + columns, tl.sum(acc, 0), mask=j < spec.k_len)
+    elif spec.bias.key == 0:
+        tl.store(base + rows, tl.sum(acc, 1), mask=i < spec.q_len)
+    else:
+        within = along(i < spec.q_len, 0) & along(j < spec.k_len, 1)
+        tl.store(base + along(rows, 0) + along(columns, 1), acc, mask=within)
+
+
+@triton.jit
+def triton_drelative(
+    q,
+    k,
+    v,
+    low,
+    high,
+    q_segments,
+    kv_segments,
+    mask,
+    bias,
+    diagonal,
+    slopes,
+    relative,
+    scale,
+    words,
+    origin,
+    order,
+    counts,
+    dout,
+    lse2,
+    delta,
+    drelative,
+    spec: tl.constexpr,
+):
+    """The gradient of some diagonals of the relative bias, summed over queries, batch and heads.
+
+    A tile of queries meets twice as many keys, in which every row has all of the diagonals. Grid
+    (blocks of diagonals * heads,), heads 1 where all share the bias.
+    """
+    refs = Refs(
+        q=q,
+        k=k,
+        v=v,
+        low=low,
+        high=high,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        mask=mask,
+        bias=bias,
+        diagonal=diagonal,
+        slopes=slopes,
+        relative=relative,
+        scale=scale,
+        words=words,
+        origin=origin,
+        order=order,
+        counts=counts,
+    )
+    BLOCK_Q: tl.constexpr = spec.block_q
+    COUNT: tl.constexpr = spec.q_len + spec.k_len - 1
+    OUTERS: tl.constexpr = (COUNT + spec.block_q - 1) // spec.block_q
+    Q_BLOCKS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
+    OWN_H: tl.constexpr = spec.heads if spec.relative != 0 else 1
+    WALK_H: tl.constexpr = spec.heads // OWN_H
+    program = tl.program_id(0)
+    g = program % OUTERS * BLOCK_Q
+    own_h = program // OUTERS
+    local = tl.arange(0, BLOCK_Q)
+    skew = along(local, 0) + along(local, 1)
+    acc = tl.zeros([BLOCK_Q], tl.float32)
+    for n in range(Q_BLOCKS * WALK_H * spec.batch):
+        start = n % Q_BLOCKS * BLOCK_Q
+        h = own_h + n // Q_BLOCKS % WALK_H
+        b = n // (Q_BLOCKS * WALK_H)
+        key_start = start + g - (spec.q_len - 1)
+        if (key_start < spec.k_len) & (key_start + 2 * BLOCK_Q > 0):
+            ds = _tile_gradient(refs, spec, dout, lse2, delta, b, h, start, key_start, 2 * BLOCK_Q)
+            acc += tl.sum(tl.gather(ds, skew, 1), 0)
+    tl.store(drelative + own_h * COUNT + g + local, acc, mask=g + local < COUNT)

@@ -1,0 +1,181 @@
+"""Tiles of the Triton kernels: one table, by compute capability, direction and head dimension.
+
+The table holds what compiles without a spill worth mentioning and fits into the shared memory of
+each architecture (`triton_compile.py` says so); nothing in it has been timed yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flash_attention_jax._call import Call
+
+LARGEST_DIM = 256
+SMALLEST_CAPABILITY = (8, 0)
+
+Direction = Literal["forward", "dq", "dkv", "dbias", "drelative"]
+
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99}
+"""KiB that a program may have, by compute capability (CUDA programming guide, table of limits)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work.
+
+    Attributes:
+        block_q: Queries of a tile.
+        block_kv: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Steps of its loop that are in flight at once.
+    """
+
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+
+def padded(dim: int) -> int:
+    """A head dimension as a tile holds it: a power of two, 16 at least, as products want it."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+# By architecture, direction and padded dimension (the larger of q's and v's), for 16-bit arrays.
+TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
+    "ampere": {  # 163 KiB, mma
+        "forward": {
+            64: Tiles(128, 64, 4, 3),
+            128: Tiles(128, 64, 8, 3),
+            256: Tiles(128, 32, 8, 2),
+        },
+        "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 1)},
+    },
+    "small": {  # 99 KiB, mma: sm_86, sm_89, sm_120
+        "forward": {
+            64: Tiles(128, 64, 4, 2),
+            128: Tiles(128, 32, 8, 2),
+            256: Tiles(64, 32, 8, 1),
+        },
+        "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
+        "dkv": {64: Tiles(32, 128, 8, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(16, 32, 4, 1)},
+    },
+    "hopper": {  # 227 KiB, wgmma
+        "forward": {
+            64: Tiles(128, 128, 8, 3),
+            128: Tiles(128, 64, 8, 3),
+            256: Tiles(128, 32, 8, 2),
+        },
+        "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+    },
+}
+
+CANDIDATES: dict[str, tuple[Tiles, ...]] = {
+    direction: tuple(
+        Tiles(block_q, block_kv, num_warps, num_stages)
+        for block_q, block_kv in sizes
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3, 4)
+    )
+    for direction, sizes in {
+        "forward": ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128)),
+        "dq": ((32, 32), (64, 32), (64, 64), (128, 32), (128, 64)),
+        "dkv": ((16, 32), (32, 32), (32, 64), (32, 128), (64, 64), (64, 128)),
+    }.items()
+}
+"""What a measurement may choose from. Those that overflow shared memory do not compile."""
+
+INTERPRETED = Tiles(16, 16, 1, 1)
+"""The smallest that products take, so that short sequences have several blocks."""
+
+
+def family(capability: tuple[int, int]) -> str:
+    """Which part of the table is that of a GPU: by its tensor cores and its shared memory."""
+    if capability[0] == 9:
+        return "hopper"
+    kib = SHARED_MEMORY.get(10 * capability[0] + capability[1], 99)
+    return "ampere" if kib >= 163 else "small"
+
+
+def tiles(
+    capability: tuple[int, int], head_dim: int, causal: bool, dtype: str, direction: Direction
+) -> Tiles:
+    """The tiles of one kernel.
+
+    Args:
+        capability: CUDA compute capability.
+        head_dim: The larger of the dimensions of q and v.
+        causal: Whether half of the pairs are hidden; nothing depends on it yet.
+        dtype: Name of the dtype of q, k and v.
+        direction: Which kernel.
+    """
+    del causal
+    dim = max(64, padded(head_dim))
+    wide = jnp.dtype(dtype).itemsize == 4
+    if direction in ("dbias", "drelative"):
+        return Tiles(32, 32, 4, 1) if wide or dim > 128 else Tiles(64, 64, 8, 1)
+    found = TABLE[family(capability)][direction][dim]
+    if not wide:
+        return found
+    # Twice the bytes, and products that take their operands apart: half the tile both ways.
+    block_q, block_kv = max(16, found.block_q // 2), max(16, found.block_kv // 2)
+    return Tiles(block_q, block_kv, found.num_warps, 1)
+
+
+def tiles_of(call: Call, direction: Direction) -> Tiles:
+    """The tiles of one kernel for a call."""
+    if call.interpret:
+        return INTERPRETED
+    capability = call.capability or SMALLEST_CAPABILITY
+    return tiles(capability, max(call.dim, call.v_dim), call.causal, call.dtype, direction)
+
+
+# --- precision ---
+
+_ALGORITHMS = {
+    "F32_F32_F32": "ieee",
+    "TF32_TF32_F32": "tf32",
+    "TF32_TF32_F32_X3": "tf32x3",
+    "BF16_BF16_F32_X3": "bf16x3",
+    "BF16_BF16_F32_X6": "bf16x6",
+}
+_PRECISIONS = {
+    jax.lax.Precision.HIGHEST: "ieee",
+    jax.lax.Precision.HIGH: "bf16x3",
+    jax.lax.Precision.DEFAULT: "tf32",
+}
+
+
+def input_precision(call: Call) -> str | None:
+    """How Triton multiplies float32; None where it knows no such way.
+
+    What `precision` says, else the context, else IEEE: never tf32 unasked. 16-bit products are
+    exact in any case.
+    """
+    if call.dtype != "float32":
+        return "ieee"
+    asked: Any = call.precision
+    if asked is None:
+        asked = getattr(jax.config, "jax_default_matmul_precision", None)
+    if asked is None:
+        return "ieee"
+    sides = asked if isinstance(asked, tuple) else (asked, asked)
+    found = {_side(side) for side in sides}
+    return found.pop() if len(found) == 1 else None
+
+
+def _side(asked: Any) -> str | None:
+    if isinstance(asked, jax.lax.DotAlgorithmPreset):
+        return _ALGORITHMS.get(asked.name)
+    if isinstance(asked, str) and asked in _ALGORITHMS:
+        return _ALGORITHMS[asked]
+    try:
+        return _PRECISIONS.get(jax.lax.Precision(asked))
+    except (ValueError, KeyError):
+        return None
