@@ -26,7 +26,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench compile-gpu test-gpu bench-gpu train notebooks clean FORCE
+.PHONY: help demo test lint bench bench-micro plots compile-gpu test-gpu bench-gpu train notebooks clean FORCE
 
 help: ## show this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -43,8 +43,14 @@ lint: $(VENV)/.dev ## check format, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-bench: $(VENV)/.bench $(VENV)/.torch ## measure speed and memory on this CPU
-	$(RUN) benchmarks/cpu.py $(ARGS)
+bench: $(VENV)/.bench $(VENV)/.torch $(VENV)/.peers ## measure speed and memory on this CPU, in 12 minutes
+	$(RUN) benchmarks/cpu.py $(if $(ARGS),$(ARGS),--fresh --out benchmarks/results/cpu.json)
+
+bench-micro: $(VENV)/.bench $(VENV)/.torch ## a small set in under two minutes, which only prints
+	$(RUN) benchmarks/micro.py $(ARGS)
+
+plots: $(VENV)/.bench ## draw every table and picture of README.md from benchmarks/results
+	$(RUN) benchmarks/redraw.py $(ARGS)
 
 compile-gpu: $(VENV)/.test ## compile every kernel for an H200 without one; says so where the CUDA plugin is missing
 	$(RUN) -m flash_attention_jax.kernels.compile $(ARGS)
@@ -52,8 +58,8 @@ compile-gpu: $(VENV)/.test ## compile every kernel for an H200 without one; says
 test-gpu: $(VENV)/.test ## run the tests that need an NVIDIA GPU; PYTHON must be one whose JAX sees it
 	$(RUN) -m pytest -m gpu $(ARGS)
 
-bench-gpu: $(VENV)/.bench ## measure the kernels against cuDNN, tokamax and torch on this GPU
-	$(RUN) benchmarks/gpu.py $(ARGS)
+bench-gpu: $(VENV)/.bench ## measure the kernels on this GPU in 10 minutes; again goes on
+	$(RUN) benchmarks/gpu.py $(if $(ARGS),$(ARGS),--out benchmarks/results/gpu.json)
 
 train: $(VENV)/.train ## train a transformer; ARGS="--help" lists the options
 	$(RUN) -m flash_attention_jax train $(ARGS)
@@ -85,6 +91,14 @@ $(VENV)/.torch: $(VENV)/.python
 	    echo 'Going without torch: its CPU build is installed for Python $(TORCH_PYTHON) only.' && touch $@; \
 	elif $(RUN) -m pip install -qq --disable-pip-version-check '$(TORCH)'; then touch $@; \
 	else echo 'Going without torch: pip found no $(TORCH). PIP_EXTRA_INDEX_URL can name an index that has it.'; fi
+
+# What is only ever measured, each in a folder of its own: one of them has our import name. Absence is
+# no error here either: the benchmark then has rows that say so.
+$(VENV)/.peers: $(VENV)/.python
+	@for peer in flash-attention-jax==0.3.1 memory-efficient-attention-pytorch==0.1.6; do \
+	    $(RUN) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
+	        --target "$(VENV)/peers/$${peer%%=*}" "$$peer" einops || echo "Going without $$peer."; \
+	done; touch $@
 
 # Written when the environment is made; left alone, with its old date, while it still fits.
 $(VENV)/.python: FORCE

@@ -1,7 +1,7 @@
-"""Measure speed, memory and compile time on this CPU, against jax.nn and PyTorch, in one run.
+"""Measure speed, memory and compile time on this CPU, against other libraries, in one run.
 
-python benchmarks/cpu.py                                      all, in less than eight minutes
-python benchmarks/cpu.py --out benchmarks/results/cpu.json    and keep it
+python benchmarks/cpu.py                                      all, in less than twelve minutes
+python benchmarks/cpu.py --out benchmarks/results/cpu.json    and keep it; again: goes on
 python benchmarks/cpu.py --only forward memory                some sections
 python benchmarks/cpu.py --quick                              tiny sizes: only shows that it runs
 
@@ -12,44 +12,34 @@ keeps what was done.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
 import itertools
-import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import measure
-import numpy as np
 import peers
+import suite
 import tables
-import workloads
-from workloads import WORKLOADS, Workload
+from suite import Case, Run, Section, said
+from workloads import SEED_LENGTHS, WORKLOADS
+from workloads import said as spoken
 
-ROUNDS = 9
-QUICK_ROUNDS = 3
-AT_LEAST = 3  # rounds, however slow the machine
-SECONDS = 35.0  # no further round of a section is begun after this long
+MINUTES = 11.0  # no section is begun after these; the longest takes less than one
+BUILT = ("full-4k", "dropout-4k", "causal-4k", "key-mask-4k", "segments-4k")
+QUICK_BUILT = 2  # of these
+DOUBLINGS = 2
 DOUBLED = 2.1  # linear growth, and some slack for the sizes of blocks
 COMPILE_SECONDS = 3.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A peer on a workload, with its gradients or without."""
-
-    peer: str
-    workload: str
-    backward: bool = False
+# One block, a prime (the last block is short), a power of two, and long.
+COMPILED_LENGTHS = (127, 4099, 8192, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A ratio of two times.
+    """A ratio of two times of one section.
 
     Attributes:
         what: the ratio in words.
@@ -68,312 +58,228 @@ class Claim:
 
 # --- what is measured ------------------------------------------------------------------------
 
+OLDER = ("flash-attention-jax 0.3.1", "memory-efficient-attention-pytorch")
+SWEPT = ("blocked", "jax.nn", "torch SDPA", *OLDER)
+NAMED = ("blocked", "dense", "jax.nn", "torch SDPA", *OLDER)
+# Of the named ones, what two cores compute in seconds.
+ON_CPU = (
+    "llama-1k",
+    "packed-1k",
+    "gemma-1k",
+    "gpt-oss-1k",
+    "alphafold-16x256",
+    "vit-4x197",
+    "vit-4x577",
+    "bert-512",
+    "bert-masked-512",
+    "bert-dropout-512",
+    "decode-1k",
+    "decode-16k",
+    "decode-128k",
+)
 
-def _against_peers(call: str, *, backward: bool, jax_nn: float, dense: bool = False) -> list[Claim]:
+
+def _against_peers(call: str, *, backward: bool, jax_nn: float) -> list[Claim]:
     """Claims of one call at 4096 against every peer, and of cosine against dot product."""
-    name = f"{call}-4k"
-    ours = Case("blocked", name, backward)
-    last = Case("blocked, heads last", name, backward)
-    theirs = Case("jax.nn", name, backward)
-    cosine = Case("blocked", f"cosine-{name}".replace("-full", ""), backward)
+    workload = WORKLOADS[f"{call}-4k"]
+
+    def case(peer: str) -> Case:
+        return Case(peer, workload, backward)
+
+    name = f"cosine-{call}-4k".replace("-full", "")
+    cosine = Case("blocked", WORKLOADS[name], backward)
+    ours, theirs = case("blocked"), case("jax.nn")
     claims = [
         Claim("jax.nn / ours", theirs, ours, jax_nn),
-        Claim("jax.nn / ours, in jax.nn's layout", theirs, last),
-        Claim("torch SDPA / ours", Case("torch SDPA", name, backward), ours, 0.7),
+        Claim("jax.nn / ours, in jax.nn's layout", theirs, case("blocked, heads last")),
+        Claim("torch SDPA / ours", case("torch SDPA"), ours, 0.7),
         Claim("softmax / cosine, both ours", ours, cosine, 1.05),
+        *(Claim(f"{peer} / ours", case(peer), ours) for peer in OLDER),
     ]
-    if dense:
-        claims.append(Claim("dense / ours", Case("dense", name, backward), ours))
+    if call == "full" and not backward:
+        claims.append(Claim("dense / ours", case("dense"), ours))
     return claims
 
 
 def _share(part: str, whole: str, target: float, passes: Sequence[bool]) -> list[Claim]:
     """Claims of what a call costs that sees only a part of the keys."""
     what = f"{part.partition('-')[0]} / {whole.partition('-')[0]}, both ours"
-    return [
-        Claim(what, Case("blocked", part, backward), Case("blocked", whole, backward), target, True)
-        for backward in passes
-    ]
+
+    def case(name: str, backward: bool) -> Case:
+        return Case("blocked", WORKLOADS[name], backward)
+
+    return [Claim(what, case(part, b), case(whole, b), target, True) for b in passes]
 
 
 TIMED = {
-    "forward": _against_peers("full", backward=False, jax_nn=2.5, dense=True),
+    "forward": _against_peers("full", backward=False, jax_nn=2.5),
     "causal-forward": _against_peers("causal", backward=False, jax_nn=3.5),
     "forward-backward": _against_peers("full", backward=True, jax_nn=1.5),
     "causal-forward-backward": _against_peers("causal", backward=True, jax_nn=2.5),
     "causal-share": _share("causal-8k", "full-8k", 0.6, (False, True)),
     "window-share": _share("window-16k", "full-16k", 0.1, (False,)),
 }
-BUILT = ("full-4k", "dropout-4k", "causal-4k", "key-mask-4k", "segments-4k")
-QUICK_BUILT = 2  # of these
-DOUBLINGS = 2
-# One block, a prime (the last block is short), a power of two, and long.
-COMPILED_LENGTHS = (127, 4099, 8192, 65536)
 
 
-# --- the run ---------------------------------------------------------------------------------
-
-
-class Run:
-    """One run: measures sections and collects what it found in `record`, ready for JSON."""
-
-    def __init__(self, *, quick: bool, repeat: int | None, command: str) -> None:
-        self.quick = quick
-        self.repeat = repeat
-        self.built = BUILT[:QUICK_BUILT] if quick else BUILT
-        self.record: dict[str, Any] = {
-            "format": tables.FORMAT,
-            "name": "cpu",
-            "command": command,
-            "quick": quick,
-            "interrupted": False,
-            "date": measure.now(),
-            "git": measure.commit(),
-            "machine": {**measure.machine(), "threads": peers.thread_count()},
-            "versions": measure.versions(),
-            "claims": [],
-            "samples": [],
-            "builds": [],
-        }
-
-    def workload(self, name: str) -> Workload:
-        """The workload as this run measures it."""
-        return WORKLOADS[name].quick() if self.quick else WORKLOADS[name]
-
-    # time
-
-    def timed(self, section: str, claims: Sequence[Claim]) -> None:
-        """Measure every case that the claims speak of, interleaved, and add what came out."""
-        cases = list(dict.fromkeys(case for claim in claims for case in (claim.above, claim.below)))
-        ready: dict[Case, tuple[peers.Prepared, float | None]] = {}
-        reasons: dict[Case, str] = {}
-        for case in cases:
-            progress(f"{section}: preparing {case.peer}, {case.workload}")
-            found = self._prepared(case)
-            if isinstance(found, str):
-                reasons[case] = found
-            else:
-                ready[case] = found
-        times: dict[Case, list[float]] = {case: [] for case in ready}
-        rounds = self.repeat or (QUICK_ROUNDS if self.quick else ROUNDS)
-        try:
-            for index, seconds in enumerate(
-                measure.interleaved(
-                    {case: prepared.run for case, (prepared, _) in ready.items()},
-                    rounds,
-                    at_least=rounds if self.repeat else AT_LEAST,
-                    seconds=SECONDS,
-                )
-            ):
-                for case, taken in seconds.items():
-                    times[case].append(taken)
-                progress(f"{section}: round {index + 1}, {sum(seconds.values()):.2f} s")
-        finally:  # an interrupted section keeps its whole rounds
-            if any(times.values()):
-                self._add_samples(section, cases, ready, reasons, times)
-                for claim in claims:
-                    self._add_ratio(section, claim, reasons, times)
-
-    def _prepared(self, case: Case) -> tuple[peers.Prepared, float | None] | str:
-        """A warm case and the error of its results; or why there is none."""
-        peer, workload = peers.PEERS[case.peer], self.workload(case.workload)
-        reason = peer.why_not(workload)
-        if reason is not None:
-            return reason
-        arrays = workloads.inputs(workload)
-        try:
-            prepared = peer.prepare(workload, arrays, case.backward)
-            results = prepared.results()
-        except (RuntimeError, MemoryError, NotImplementedError) as error:
-            return failure(error)
-        last = workload.batch - 1, workload.heads - 1
-        right = reference_of_last_head(workload, case.backward)
-        error = max(measure.relative_error(found[last], right[n]) for n, found in results.items())
-        return prepared, error if np.isfinite(error) else None
-
-    def _add_samples(
-        self,
-        section: str,
-        cases: Sequence[Case],
-        ready: dict[Case, tuple[peers.Prepared, float | None]],
-        reasons: dict[Case, str],
-        times: dict[Case, list[float]],
-    ) -> None:
-        for case in cases:
-            sample = {"section": section, **self._named(case.peer, case.workload, case.backward)}
-            if case in reasons:
-                sample["why_not"] = reasons[case]
-            else:
-                prepared, error = ready[case]
-                summary = measure.summarize(times[case])
-                sample |= {
-                    "seconds": times[case],
-                    "median_s": summary.median,
-                    "low_s": summary.low,
-                    "high_s": summary.high,
-                    "temp_bytes": prepared.temp_bytes,
-                    "compile_s": prepared.compile_seconds,
-                    "error": error,
-                }
-            self.record["samples"].append(sample)
-
-    def _add_ratio(
-        self,
-        section: str,
-        claim: Claim,
-        reasons: dict[Case, str],
-        times: dict[Case, list[float]],
-    ) -> None:
-        workload = self.workload(claim.below.workload)
-        what = f"{_pass(claim.below.backward)}, {workload.length}"
-        what = f"{'causal ' if workload.causal else ''}{what}: {claim.what}"
-        missing = [reasons[case] for case in (claim.above, claim.below) if case in reasons]
-        if missing:
-            row: dict[str, Any] = {"why_not": missing[0]}
-        else:
-            summary = measure.ratio(times[claim.above], times[claim.below])
-            row = {"value": summary.median, "low": summary.low, "high": summary.high}
-        self._add_claim(section, what, row, "x", claim.target, claim.at_most)
-
-    # memory and compile time: nothing is run, so lengths cost nothing
-
-    def memory(self, section: str) -> None:
-        """How temporary memory grows when the length doubles, forward and with gradients."""
-        doublings = 1 if self.quick else DOUBLINGS
-        for peer, names in (("blocked", self.built), ("jax.nn", self.built[:1])):
-            for name in names:
-                base = self.workload(name)
-                for backward in (False, True):
-                    lengths = [base.length * 2**n for n in range(doublings + 1)]
-                    builds = [self._build(section, peer, name, n, backward) for n in lengths]
-                    self._add_growth(section, peer, base, backward, lengths, builds)
-
-    def _add_growth(
-        self,
-        section: str,
-        peer: str,
-        workload: Workload,
-        backward: bool,
-        lengths: Sequence[int],
-        builds: Sequence[measure.Build | str],
-    ) -> None:
-        who = "" if peer == "blocked" else f", {peer}"
-        what = (
-            f"temporary memory when the length doubles, {lengths[0]} to {lengths[-1]}: "
-            f"{workload.words}, {_pass(backward)}{who}"
+def sections() -> Iterator[Section]:
+    """What is timed: the targets, then the sweep by length, then the named workloads."""
+    for name, claims in TIMED.items():
+        cases = dict.fromkeys(case for claim in claims for case in (claim.above, claim.below))
+        yield Section(name, tuple(cases))
+    for length in SEED_LENGTHS:
+        name = f"seed-{spoken(length)}"
+        long = length > 4096
+        yield from suite.sections_of(
+            name,
+            WORKLOADS[name],
+            ("blocked", "torch SDPA") if long else SWEPT,
+            passes=(False, True) if length <= 2048 else (False,),
+            seconds=6.0,
         )
-        row: dict[str, Any] = {"why_not": "the compiler does not say"}
-        failed = [build for build in builds if isinstance(build, str)]
-        sizes = [build.temp_bytes for build in builds if isinstance(build, measure.Build)]
-        if failed:
-            row = {"why_not": failed[0]}
-        elif None not in sizes:
-            counts = [max(size or 0, 1) for size in sizes]
-            row = {"value": max(b / a for a, b in itertools.pairwise(counts))}
-        target = DOUBLED if peer == "blocked" else None
-        self._add_claim(section, what, row, "x", target, at_most=True)
+    for name in ON_CPU:
+        yield from suite.sections_of(name, WORKLOADS[name], NAMED, seconds=4.0)
 
-    def compile(self, section: str) -> None:
-        """The longest that value and gradients take to compile at any of some lengths."""
-        lengths = (127,) if self.quick else COMPILED_LENGTHS
-        for name in self.built:
-            builds = [self._build(section, "blocked", name, length, True) for length in lengths]
-            failed = [build for build in builds if isinstance(build, str)]
-            if failed:
-                row: dict[str, Any] = {"why_not": failed[0]}
-            else:
-                row = {"value": max(b.seconds for b in builds if isinstance(b, measure.Build))}
-            said = ", ".join(str(length) for length in lengths)
-            what = f"compile time, the longest at {said}: {WORKLOADS[name].words}, {_pass(True)}"
-            self._add_claim(section, what, row, "s", COMPILE_SECONDS, at_most=True)
 
-    def _build(
-        self, section: str, peer: str, name: str, length: int, backward: bool
-    ) -> measure.Build | str:
-        """Compile a peer of JAX for a length; or why that failed."""
-        progress(f"{section}: compiling {peer}, {name} at {length}, {_pass(backward)}")
-        workload = self.workload(name).at(length)
-        entry = {"section": section, **self._named(peer, name, backward), "length": length}
-        try:
-            build = peers.compiled(peer, workload, backward)
-            entry |= {"temp_bytes": build.temp_bytes, "compile_s": build.seconds}
-        except (RuntimeError, MemoryError, NotImplementedError) as error:
-            build = failure(error)
-            entry["why_not"] = build
-        self.record["builds"].append(entry)
-        return build
+# --- memory and compile time: nothing is run, so lengths cost nothing ------------------------
 
-    # what both add
 
-    def _named(self, peer: str, name: str, backward: bool) -> dict[str, Any]:
-        workload = self.workload(name)
-        return {
-            "peer": peer,
-            "workload": name,
-            "words": workload.words,
-            "pass": _pass(backward),
-            "batch": workload.batch,
-            "heads": workload.heads,
-            "dim": workload.dim,
-            "length": workload.length,
+def memory(run: Run) -> None:
+    """Compile at doubling lengths, forward and with gradients."""
+    built = BUILT[:QUICK_BUILT] if run.quick else BUILT
+    doublings = 1 if run.quick else DOUBLINGS
+    for peer, names in (("blocked", built), ("jax.nn", built[:1])):
+        for name, backward in itertools.product(names, (False, True)):
+            base = run.sized(WORKLOADS[name]).length
+            for doubling in range(doublings + 1):
+                build(run, "memory", peer, name, base * 2**doubling, backward)
+
+
+def compile_times(run: Run) -> None:
+    """Compile value and gradients at some lengths."""
+    built = BUILT[:QUICK_BUILT] if run.quick else BUILT
+    for name in built:
+        for length in (127,) if run.quick else COMPILED_LENGTHS:
+            build(run, "compile", "blocked", name, length, backward=True)
+
+
+BUILDS: dict[str, Callable[[Run], None]] = {"memory": memory, "compile": compile_times}
+
+
+def build(run: Run, section: str, peer: str, name: str, length: int, backward: bool) -> None:
+    """Compile a peer of JAX for a length, and add what that took or why it failed."""
+    suite.progress(f"{section}: compiling {peer}, {name} at {length}, {said(backward)}")
+    workload = run.sized(WORKLOADS[name]).at(length)
+    case = Case(peer, WORKLOADS[name], backward)
+    entry = {"section": section, **run.named(WORKLOADS[name], case)}
+    entry |= {"length": length, "kv_length": length}
+    for counted in ("flops", "bytes"):  # of the workload, at its own length
+        del entry[counted]
+    try:
+        found = peers.compiled(peer, workload, backward)
+        entry |= {"temp_bytes": found.temp_bytes, "compile_s": found.seconds}
+    except measure.FAILURES as error:
+        entry["why_not"] = measure.failure(error)
+    run.record["builds"].append(entry)
+
+
+# --- what is claimed of it -------------------------------------------------------------------
+
+
+def claims(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each claim with what the record holds of it, in the order in which it was measured."""
+    found = [row for section, each in TIMED.items() for row in _ratios(record, section, each)]
+    found += _growths(record)
+    found += _longest_compilations(record)
+    if not record["quick"]:
+        for row in found:
+            if row["target"] is not None and "value" in row:
+                value, target = row["value"], row["target"]
+                row["met"] = value <= target if row["at_most"] else value >= target
+    return found
+
+
+def _ratios(
+    record: dict[str, Any], section: str, each: Sequence[Claim]
+) -> Iterator[dict[str, Any]]:
+    rows = {
+        (row["peer"], row["workload"], row["pass"]): row
+        for row in record["samples"]
+        if row["section"] == section
+    }
+    for claim in each:
+        above, below = (
+            rows.get((case.peer, case.workload.name, said(case.backward)))
+            for case in (claim.above, claim.below)
+        )
+        if above is None or below is None:
+            continue
+        kind = "causal " if claim.below.workload.causal else ""
+        row = {
+            "section": section,
+            "what": f"{kind}{below['pass']}, {below['length']}: {claim.what}",
+            "unit": "x",
+            "target": claim.target,
+            "at_most": claim.at_most,
         }
-
-    def _add_claim(
-        self,
-        section: str,
-        what: str,
-        row: dict[str, Any],
-        unit: str,
-        target: float | None,
-        at_most: bool,
-    ) -> None:
-        claim = {"section": section, "what": what, **row, "unit": unit, "target": target}
-        claim["at_most"] = at_most
-        if target is not None and "value" in row and not self.quick:
-            claim["met"] = row["value"] <= target if at_most else row["value"] >= target
-        self.record["claims"].append(claim)
-        shown = [tables.figure(row["value"], unit)] if "value" in row else []
-        progress(" ".join([f"{section}: {what}:", *shown, tables.verdict(claim)]).rstrip())
+        missing = [side["why_not"] for side in (above, below) if side.get("why_not") is not None]
+        if missing:
+            row["why_not"] = missing[0]
+        else:
+            ratio = measure.ratio(above["seconds"], below["seconds"])
+            row |= {"value": ratio.median, "low": ratio.low, "high": ratio.high}
+        yield row
 
 
-SECTIONS: dict[str, Callable[[Run], None]] = {
-    **{
-        name: functools.partial(Run.timed, section=name, claims=claims)
-        for name, claims in TIMED.items()
-    },
-    "memory": functools.partial(Run.memory, section="memory"),
-    "compile": functools.partial(Run.compile, section="compile"),
-}
+def _growths(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How temporary memory grows when the length doubles: the largest of the doublings."""
+    for (peer, words, kind), builds in _grouped(record, "memory").items():
+        lengths = [row["length"] for row in builds]
+        who = "" if peer == "blocked" else f", {peer}"
+        row: dict[str, Any] = {
+            "section": "memory",
+            "what": f"temporary memory when the length doubles, {lengths[0]} to {lengths[-1]}: "
+            f"{words}, {kind}{who}",
+            "unit": "x",
+            "target": DOUBLED if peer == "blocked" else None,
+            "at_most": True,
+        }
+        failed = [row["why_not"] for row in builds if row.get("why_not") is not None]
+        sizes = [row.get("temp_bytes") for row in builds]
+        if failed:
+            row["why_not"] = failed[0]
+        elif None in sizes:
+            row["why_not"] = "the compiler does not say"
+        else:
+            counts = [max(size or 0, 1) for size in sizes]
+            row["value"] = max(b / a for a, b in itertools.pairwise(counts))
+        yield row
 
 
-def _pass(backward: bool) -> str:
-    return "forward+backward" if backward else "forward"
+def _longest_compilations(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The longest that value and gradients take to compile at any of some lengths."""
+    for (_, words, kind), builds in _grouped(record, "compile").items():
+        lengths = ", ".join(str(row["length"]) for row in builds)
+        row: dict[str, Any] = {
+            "section": "compile",
+            "what": f"compile time, the longest at {lengths}: {words}, {kind}",
+            "unit": "s",
+            "target": COMPILE_SECONDS,
+            "at_most": True,
+        }
+        failed = [row["why_not"] for row in builds if row.get("why_not") is not None]
+        if failed:
+            row["why_not"] = failed[0]
+        else:
+            row["value"] = max(row["compile_s"] for row in builds)
+        yield row
 
 
-@functools.lru_cache(maxsize=4)
-def reference_of_last_head(workload: Workload, backward: bool) -> dict[str, np.ndarray]:
-    """The right answer; heads are alike, so one is computed."""
-    return workloads.reference(
-        workload,
-        workloads.inputs(workload),
-        batch=workload.batch - 1,
-        head=workload.heads - 1,
-        backward=backward,
-    )
-
-
-def failure(error: Exception) -> str:
-    """What a table says of a case that could not run."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    out_of_memory = ("RESOURCE_EXHAUSTED", "out of memory", "allocate memory")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in out_of_memory):
-        return "out of memory"
-    return f"failed: {said[0]}"
-
-
-def progress(line: str) -> None:
-    """Tell whoever waits."""
-    print(line, file=sys.stderr, flush=True)
+def _grouped(record: dict[str, Any], section: str) -> dict[tuple[str, str, str], list[Any]]:
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for row in record["builds"]:
+        if row["section"] == section:
+            groups.setdefault((row["peer"], row["words"], row["pass"]), []).append(row)
+    return groups
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -381,73 +287,33 @@ def progress(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description="Measure speed, memory and compile time on this CPU.",
-        epilog=f"Sections: {', '.join(SECTIONS)}.",
+    timed = {section.name: section for section in sections()}
+    known = [*TIMED, *BUILDS, *(name for name in timed if name not in TIMED)]
+    shown = dict.fromkeys(name.partition(", ")[0] for name in known)
+    parser = suite.parser(
+        "Measure speed, memory and compile time on this CPU.",
+        minutes=MINUTES,
+        epilog=f"Sections: {', '.join(shown)}; or how some begin, such as seed.",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that it runs")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="sections, instead of all")
-    parser.add_argument(
-        "--repeat", type=int, help=f"rounds; {ROUNDS} without it, and fewer on a slow machine"
-    )
-    parser.add_argument("--out", type=Path, help="JSON to write, which tables.py draws")
     chosen = parser.parse_args(arguments)
-
-    names = [n for names in chosen.only or () for n in names.split(",") if n] or list(SECTIONS)
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        return refuse(f"--only must name {', '.join(SECTIONS)}; got {', '.join(unknown)}.")
-    if chosen.repeat is not None and chosen.repeat < 1:
-        return refuse(f"--repeat must be at least 1, got {chosen.repeat}.")
-    # Written as the run goes; takes the name that was asked for at the end, so that a run which is
-    # killed leaves the results before it alone.
-    partial = None if chosen.out is None else chosen.out.with_name(f"{chosen.out.name}.tmp")
-    if partial is not None:
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()
-        except OSError as error:
-            return refuse(f"--out must be a file that can be written, got {chosen.out}: {error}")
-
+    reason = suite.chosen_or_reason("cpu.py", chosen, known)
+    if reason is not None:
+        return suite.refuse(reason)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    run = Run(quick=chosen.quick, repeat=chosen.repeat, command=command(chosen))
-    measure.compiled(lambda x: x + x, np.float32(1))  # the first compilation starts the compiler
-    try:
-        for name in dict.fromkeys(names):
-            SECTIONS[name](run)
-            if partial is not None:
-                save(run.record, partial)
-    except KeyboardInterrupt:
-        run.record["interrupted"] = True
-        progress("Interrupted. These rows were done:")
+    run = suite.begun("cpu.py", chosen)
+
+    def step(name: str) -> tuple[str, Callable[[], None]]:
+        if name in BUILDS:
+            return name, lambda: BUILDS[name](run)
+        return name, lambda: run.timed(suite.without(timed[name], chosen))
+
+    def judge() -> None:
+        run.record["claims"] = claims(run.record)
+
+    run.each(map(step, suite.selected(chosen, known)), then=judge)
     print(tables.page(run.record, folded=False))
-    if partial is not None:
-        save(run.record, partial)
-        partial.replace(chosen.out)
+    run.finish()
     return 130 if run.record["interrupted"] else 0
-
-
-def command(chosen: argparse.Namespace) -> str:
-    """The command that repeats this run anywhere."""
-    words = ["python benchmarks/cpu.py"]
-    words += ["--quick"] if chosen.quick else []
-    words += ["--only", *chosen.only] if chosen.only else []
-    words += [f"--repeat {chosen.repeat}"] if chosen.repeat else []
-    if chosen.out is not None and not chosen.out.is_absolute():
-        words.append(f"--out {chosen.out.as_posix()}")
-    return " ".join(words)
-
-
-def refuse(message: str) -> int:
-    """Say in one line what is wrong with the command, for exit code 2."""
-    print(f"cpu.py: {message}", file=sys.stderr)
-    return 2
-
-
-def save(record: dict[str, Any], path: Path) -> None:
-    """Write what was found."""
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

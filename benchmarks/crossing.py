@@ -13,7 +13,6 @@ gradients are three arrays of zeros, and making long ones would drown it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import jax
 import measure
+import peers_torch
+import suite
 import tables
 
 import flash_attention_jax
@@ -29,10 +30,9 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 HEADS, DIM = 8, 64
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 SECONDS = 8.0  # per row, beyond which no round is begun that is not needed
-LEAST = 3  # rounds that are
 SHORT = 16  # tokens, where the crossing is measured with backward
 CALLS = 20  # of the empty function per round: one is too short for a clock
-PASSES = ("forward", "forward+backward")
+PASSES = (suite.said(False), suite.said(True))
 
 
 def probe(q: Any, k: Any, v: Any) -> Any:
@@ -42,10 +42,9 @@ def probe(q: Any, k: Any, v: Any) -> Any:
 
 def why_not(device: str) -> str | None:
     """Why nothing can be measured on a device."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return "torch is not installed"
+    torch, reason = peers_torch.torch_or_reason()
+    if torch is None:
+        return reason
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device == "cuda" and jax.default_backend() != "gpu":
@@ -110,7 +109,13 @@ def row(device: str, length: int, backward: bool, rounds: int) -> dict[str, Any]
     todo = cases(device, length, backward)
     for run in todo.values():
         run()  # compiles
-    times = list(measure.interleaved(todo, rounds, at_least=LEAST, seconds=SECONDS))
+
+    def timed(run: Callable[[], None]) -> Callable[[], float]:
+        return lambda: measure.seconds(run)
+
+    timers = {name: timed(run) for name, run in todo.items()}
+    least = min(suite.AT_LEAST, rounds)
+    times = list(measure.interleaved(timers, rounds, at_least=least, seconds=SECONDS))
     crossing = [(t["empty, crossing"] - t["empty, JAX alone"]) / CALLS for t in times]
     found: dict[str, Any] = {"device": device, "length": length, "pass": PASSES[backward]}
     found |= {"dtype": DTYPES[device], "rounds": len(times), "crossing": _micro(crossing)}
@@ -153,6 +158,11 @@ def table(record: dict[str, Any]) -> str:
     return tables.markdown(header, lines)
 
 
+def page(record: dict[str, Any]) -> str:
+    """The caption and the table, as Markdown."""
+    return f"{tables.caption(record)}\n\n{table(record)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure what a call from PyTorch to JAX costs.")
@@ -179,20 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tuple(chosen.lengths) != LENGTHS:
         words.append("--lengths " + " ".join(map(str, chosen.lengths)))
     words += [f"--rounds {chosen.rounds}"] if chosen.rounds != 15 else []
-    record = {
-        "format": tables.FORMAT,
-        "name": "crossing",
-        "command": " ".join(words),
-        "date": measure.now(),
-        "git": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "rows": rows,
-    }
+    record = suite.header("crossing", " ".join(words)) | {"rows": rows}
     print(table(record))
     if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        suite.write(record, chosen.out)
     return 0
 
 

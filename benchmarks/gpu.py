@@ -1,322 +1,239 @@
 """Measure the kernels on an NVIDIA GPU, against cuDNN, tokamax and torch, in one run.
 
-    python benchmarks/gpu.py                                      what fits into nine minutes
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json    and keep it; again: goes on
+python benchmarks/gpu.py                                      what fits into nine minutes
+python benchmarks/gpu.py --out benchmarks/results/gpu.json    and keep it; again: goes on
+python benchmarks/gpu.py --only sweep-d128                    some sections
 
-For each workload every implementation first has to be right (relative error of the output and of
-each gradient to the blocked engine in float32), then all are timed in turn; rows are written as
-they are done, and those that a file of the same commit and versions holds are not measured again.
-TFLOP/s by the usual count: 4 B H N M D forward, half when causal, 2.5 times that backward. The rate
-of a matrix product and of a copy are measured in the same run.
+First the kernels are checked on small calls, forward and backward. Then, workload by workload in
+the order of what matters most, every implementation is checked against float64 and all are timed in
+turn. The file is written before each thing that is tried: a kernel that hangs or takes the process
+down loses only its own row, and the measuring goes on in a new process.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
-import json
-import statistics
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import measure
-import numpy as np
+import suite
+import tables
+from suite import Case, Section
+from workloads import WORKLOADS, Workload
 
-import flash_attention_jax as fa
+MINUTES = 9.0  # no section is begun after these
+STALLED = 150.0  # seconds without a word, after which a process is taken to hang
+LOST = 3  # the exit code of a process that lost the device
+INNER = "FLASH_ATTENTION_JAX_BENCH_INNER"
 
-ROUNDS = 7
-CALLS = 10  # enqueued before the clock is read
-TOKENS = 16384
-WIDTH = 2048  # heads * dim
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One shape: 16384 tokens and a width of 2048, however they are cut."""
-
-    dim: int
-    length: int
-    causal: bool
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return TOKENS // self.length
-
-    @property
-    def heads(self) -> int:
-        """Heads."""
-        return WIDTH // self.dim
-
-    def name(self) -> str:
-        """What the table calls it."""
-        return f"d{self.dim} n{self.length} {'causal' if self.causal else 'full'}"
-
-    def flops(self, *, backward: bool) -> float:
-        """Operations of the two products forward, or of the five backward."""
-        count = 4.0 * self.batch * self.heads * self.length**2 * self.dim
-        return count * (0.5 if self.causal else 1.0) * (2.5 if backward else 1.0)
+KERNELS = ("hopper", "triton")
+OTHERS = (
+    "jax.nn cuDNN",
+    "tokamax",
+    "torch SDPA flash",
+    "torch SDPA cuDNN",
+    "torch SDPA efficient",
+    "torch FlexAttention",
+    "jax.nn",
+)
+PEERS = (*KERNELS, "blocked", *OTHERS)
+DIMS = (128, 64, 256)
+LENGTHS = ("16k", "2k", "512", "8k", "4k", "1k")  # in the order in which they are measured
+NAMED = (
+    "llama-8k",
+    "packed-8k",
+    "gemma-8k",
+    "gpt-oss-8k",
+    "alphafold-256x256",
+    "alphafold-384x384",
+    "vit-64x197",
+    "vit-64x577",
+    *(f"decode-{n}k" for n in (1, 4, 16, 64, 128)),
+    *(f"bert-{kind}{n}" for n in ("512", "2k") for kind in ("", "masked-", "dropout-")),
+    *(f"seed-{n}" for n in ("512", "2k", "8k")),
+)
 
 
-WORK = [
-    Work(dim, length, causal)
-    for length in (16384, 2048, 512)
-    for dim in (128, 64, 256)
-    for causal in (False, True)
-]
-
-Attend = Callable[..., Any]
-
-
-def _ours(similarity: Literal["dot", "cosine"], implementation: str) -> Attend:
-    def attend(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
-        return fa.dot_product_attention(
-            q, k, v, is_causal=causal, similarity=similarity, implementation=implementation
-        )
-
-    return attend
+def sections() -> Iterator[Section]:
+    """What is timed, in the order of what matters most."""
+    for dim in DIMS:  # correctness first: small, and the kernels alone
+        for similarity in ("", "cosine-"):
+            workload = WORKLOADS[f"sweep-{similarity}d{dim}-causal-1k"]
+            cases = tuple(Case(peer, workload, backward=True) for peer in KERNELS)
+            yield Section(f"check-{similarity}d{dim}", cases, seconds=1.0, rounds=3)
+    for length in LENGTHS[:1]:
+        yield from _sweep(length)
+    for name in NAMED:
+        yield from suite.sections_of(name, _half(name), PEERS, seconds=2.0)
+    for length in LENGTHS[1:]:
+        yield from _sweep(length)
 
 
-def _cudnn(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+def _half(name: str) -> Workload:
+    """A workload in bfloat16."""
+    return dataclasses.replace(WORKLOADS[name], dtype="bfloat16")
 
 
-def _tokamax(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
-    tokamax = importlib.import_module("tokamax")
-    return tokamax.dot_product_attention(q, k, v, is_causal=causal, implementation="mosaic")
+def _sweep(length: str) -> Iterator[Section]:
+    """Every head dimension at a length, full and causal, cosine beside dot."""
+    for dim in DIMS:
+        for kind in ("full", "causal"):
+            name = f"d{dim}-{kind}-{length}"
+            for backward in (False, True):
+                dot = [Case(p, WORKLOADS[f"sweep-{name}"], backward) for p in PEERS]
+                cosine = [Case(p, WORKLOADS[f"sweep-cosine-{name}"], backward) for p in KERNELS]
+                said = suite.said(backward)
+                yield Section(f"sweep-{name}, {said}", (*dot, *cosine), seconds=4.0)
 
 
-JAX_PEERS: dict[str, Attend] = {
-    "ours, softmax": _ours("dot", "hopper"),
-    "ours, cosine": _ours("cosine", "hopper"),
-    "jax.nn cuDNN": _cudnn,
-    "tokamax": _tokamax,
-}
-PEERS = (*JAX_PEERS, "torch SDPA", "torch FlexAttention")
+# --- what README.md shows --------------------------------------------------------------------
+
+COLUMNS = (
+    ("hopper", "dot"),
+    ("hopper", "cosine"),
+    ("triton", "dot"),
+    ("jax.nn cuDNN", "dot"),
+    ("tokamax", "dot"),
+    ("torch SDPA flash", "dot"),
+    ("torch FlexAttention", "dot"),
+)
 
 
-def inputs(work: Work, seed: int = 0) -> list[jax.Array]:
-    """q, k, v and dout (batch, length, heads, dim), bfloat16."""
-    shape = (work.batch, work.length, work.heads, work.dim)
-    return [
-        jax.random.normal(key, shape, jnp.bfloat16)
-        for key in jax.random.split(jax.random.key(seed), 4)
-    ]
+def anchors_table(record: dict[str, Any] | None) -> str:
+    """TFLOP/s at 16384 tokens and a width of 2048; a cell is empty where nothing was measured."""
+    rows = {}
+    for row in [] if record is None else record["samples"]:
+        rows[row["workload"], row["pass"], row["peer"]] = row
+    lines = []
+    for dim in (64, 128, 256):
+        for kind in ("full", "causal"):
+            for backward in (False, True):
+                cells = []
+                for peer, similarity in COLUMNS:
+                    cosine = "cosine-" if similarity == "cosine" else ""
+                    name = f"sweep-{cosine}d{dim}-{kind}-16k"
+                    cells.append(_cell(rows.get((name, suite.said(backward), peer))))
+                lines.append((str(dim), kind, suite.said(backward), *cells))
+    header = [peer if similarity == "dot" else f"{peer}, cosine" for peer, similarity in COLUMNS]
+    return tables.markdown(("dim", "mask", "pass", *header), lines)
 
 
-def _both(attend: Attend, work: Work) -> Callable[..., Any]:
-    def run(q: Any, k: Any, v: Any, dout: Any) -> Any:
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, causal=work.causal), q, k, v)
-        return out, *pull(dout)
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row.get("why_not") is not None:
+        return "oom" if row["why_not"] == "oom" else "–"
+    wrong = " **wrong**" if tables.wrong(row) else ""
+    return f"{row['flops'] / row['median_s'] / 1e12:.0f}{wrong}"
 
-    return run
+
+def page(record: dict[str, Any]) -> str:
+    """The table of the known anchors, then everything."""
+    words = "TFLOP/s, bfloat16, 16384 tokens, heads x dim = 2048:"
+    return "\n\n".join([words, anchors_table(record), tables.page(record)])
 
 
-def errors(work: Work, found: Sequence[Any], attend: Attend) -> float:
-    """Largest relative error of the output and the gradients of one head, to float32."""
-    head = [x[:1, :, :1].astype(jnp.float32) for x in inputs(work)]
-    with jax.default_matmul_precision("highest"):
-        exact = jax.jit(_both(attend, work))(*head)
-    return max(
-        measure.relative_error(np.asarray(x[:1, :, :1], np.float64), np.asarray(want, np.float64))
-        for x, want in zip(found, exact, strict=True)
+def empty_page() -> str:
+    """The table with empty cells, and why they are."""
+    words = (
+        "TFLOP/s, bfloat16, 16384 tokens, heads x dim = 2048. The cells are empty because no GPU "
+        "was at hand yet; `make bench-gpu` fills them."
     )
+    return f"{words}\n\n{anchors_table(None)}"
 
 
-class Prepared:
-    """One implementation on one workload: how to time it, and how right it is."""
-
-    def __init__(self, peer: str, work: Work, *, backward: bool) -> None:
-        if peer.startswith("torch"):
-            self._prepare_torch(peer, work, backward)
-        else:
-            self._prepare_jax(peer, work, backward)
-
-    def _prepare_jax(self, peer: str, work: Work, backward: bool) -> None:
-        attend = JAX_PEERS[peer]
-        given = inputs(work)
-        both = jax.jit(_both(attend, work))
-        self.error = errors(
-            work, both(*given), _ours("cosine" if "cosine" in peer else "dot", "blocked")
-        )
-        forward = jax.jit(lambda q, k, v, _: attend(q, k, v, causal=work.causal))
-        run = both if backward else forward
-        jax.block_until_ready(run(*given))
-
-        def seconds() -> float:
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                result = run(*given)
-            jax.block_until_ready(result)
-            return (time.perf_counter() - start) / CALLS
-
-        self.seconds = seconds
-
-    def _prepare_torch(self, peer: str, work: Work, backward: bool) -> None:
-        torch = importlib.import_module("torch")
-        if not torch.cuda.is_available():
-            raise NotImplementedError("this torch sees no GPU")
-        host = [np.asarray(x.astype(jnp.float32)).swapaxes(1, 2) for x in inputs(work)]
-        q, k, v, dout = (torch.tensor(x).to("cuda", torch.bfloat16) for x in host)
-        for x in (q, k, v):
-            x.requires_grad_(True)
-        attend = _torch_attend(torch, peer, work)
-        out = attend(q, k, v)
-        gradients = torch.autograd.grad(out, (q, k, v), dout)
-        found = [x.detach().float().cpu().numpy().swapaxes(1, 2) for x in (out, *gradients)]
-        self.error = errors(work, found, _ours("dot", "blocked"))
-
-        def once() -> None:
-            if backward:
-                torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
-            else:
-                with torch.no_grad():
-                    attend(q, k, v)
-
-        def seconds() -> float:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                once()
-            torch.cuda.synchronize()
-            return (time.perf_counter() - start) / CALLS
-
-        seconds()
-        self.seconds = seconds
-
-
-def _torch_attend(torch: Any, peer: str, work: Work) -> Callable[..., Any]:
-    if peer == "torch SDPA":
-        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=work.causal
-        )
-    flex = importlib.import_module("torch.nn.attention.flex_attention")
-    mask = None
-    if work.causal:
-        sizes = (None, None, work.length, work.length)
-        mask = flex.create_block_mask(lambda b, h, i, j: i >= j, *sizes, device="cuda")
-    compiled = torch.compile(flex.flex_attention)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
-
-
-def ceilings() -> dict[str, float]:
-    """TFLOP/s of a bfloat16 matrix product, and TB/s of a copy, of this run."""
-    n = 8192
-    a, b = (
-        jax.random.normal(key, (n, n), jnp.bfloat16) for key in jax.random.split(jax.random.key(1))
-    )
-    x = jax.random.normal(jax.random.key(2), (2**28,), jnp.bfloat16)
-
-    def best(run: Callable[..., Any], *given: Any) -> float:
-        run = jax.jit(run)
-        jax.block_until_ready(run(*given))
-        taken = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                result = run(*given)
-            jax.block_until_ready(result)
-            taken.append((time.perf_counter() - start) / CALLS)
-        return statistics.median(taken)
-
-    product = best(lambda a, b: a @ b, a, b)
-    copy = best(lambda x: x + jnp.bfloat16(1), x)
-    return {"matmul": 2.0 * n**3 / product / 1e12, "copy": 2.0 * x.size * 2 / copy / 1e12}
-
-
-def measure_all(record: dict[str, Any], save: Callable[[], None], deadline: float) -> None:
-    """Measure what the record does not hold yet, until the deadline."""
-    done = {(row["work"], row["pass"], row["peer"]) for row in record["rows"]}
-    for work in WORK:
-        for backward in (False, True):
-            kind = "forward+backward" if backward else "forward"
-            ready: dict[str, Prepared] = {}
-            for peer in PEERS:
-                if (work.name(), kind, peer) in done:
-                    continue
-                if time.monotonic() > deadline:
-                    print("Out of time: run the command again to go on.")
-                    return
-                row = {"work": work.name(), "pass": kind, "peer": peer}
-                try:
-                    ready[peer] = Prepared(peer, work, backward=backward)
-                except Exception as error:  # noqa: BLE001 (a peer that fails is a row that says so)
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    record["rows"].append(row | {"reason": reason})
-                    save()
-            taken: dict[str, list[float]] = {peer: [] for peer in ready}
-            for _ in range(ROUNDS):
-                for peer, prepared in ready.items():
-                    taken[peer].append(prepared.seconds())
-            for peer, seconds in taken.items():
-                middle = statistics.median(seconds)
-                flops = work.flops(backward=False) + (work.flops(backward=True) if backward else 0)
-                record["rows"].append(
-                    {
-                        "work": work.name(),
-                        "pass": kind,
-                        "peer": peer,
-                        "seconds": seconds,
-                        "tflops": flops / middle / 1e12,
-                        "error": ready[peer].error,
-                    }
-                )
-                print(_line(record["rows"][-1]), flush=True)
-            save()
-
-
-def _line(row: dict[str, Any]) -> str:
-    start = f"{row['work']:<18} {row['pass']:<17} {row['peer']:<20}"
-    if "reason" in row:
-        return f"{start} {row['reason']}"
-    wrong = "  WRONG" if not row["error"] < 2e-2 else ""
-    middle = statistics.median(row["seconds"]) * 1e3
-    return f"{start} {middle:9.3f} ms {row['tflops']:7.1f} TFLOP/s  error {row['error']:.1e}{wrong}"
+# --- the command -----------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and keep; the exit status is 1 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file to write, and to go on from")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop starting rows after these")
-    args = parser.parse_args(arguments)
+    every = {section.name: section for section in sections()}
+    shown = dict.fromkeys(name.partition(", ")[0] for name in every)
+    parser = suite.parser(
+        "Measure the kernels on an NVIDIA GPU.",
+        minutes=MINUTES,
+        epilog=f"Sections: {', '.join(shown)}; or how some begin, such as sweep-d128.",
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
+    reason = suite.chosen_or_reason("gpu.py", chosen, list(every))
+    if reason is not None:
+        return suite.refuse(reason)
+    if os.environ.get(INNER):
+        return _measure(chosen, every)
+    return _watched(given, chosen.out, chosen.minutes, chosen.fresh)
+
+
+def _measure(chosen: Any, every: dict[str, Section]) -> int:
+    """The process that measures."""
     if jax.default_backend() != "gpu":
         print(f"`benchmarks/gpu.py` needs an NVIDIA GPU that JAX can use, got {jax.devices()}.")
         return 1
-    record: dict[str, Any] = {
-        "format": 1,
-        "name": "gpu",
-        "device": jax.devices()[0].device_kind,
-        "date": measure.now(),
-        "git": measure.commit(),
-        "versions": measure.versions(),
-        "rows": [],
-    }
-    if args.out is not None and args.out.exists():
-        before = json.loads(args.out.read_text(encoding="utf-8"))
-        if all(before.get(name) == record[name] for name in ("device", "git", "versions")):
-            record["rows"] = before["rows"]
-    record["ceilings"] = ceilings()
-    print(record["device"], {name: round(x, 1) for name, x in record["ceilings"].items()})
+    run = suite.begun("gpu.py", chosen)
 
-    def save() -> None:
-        if args.out is not None:
-            partial = args.out.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            partial.replace(args.out)
+    def step(name: str) -> tuple[str, Callable[[], None]]:
+        return name, lambda: run.timed(suite.without(every[name], chosen))
 
-    measure_all(record, save, time.monotonic() + 60 * args.minutes)
-    save()
-    print()
-    for row in record["rows"]:
-        print(_line(row))
-    return 0
+    try:
+        run.each(map(step, suite.selected(chosen, list(every))), then=lambda: None)
+    except suite.LostError as error:
+        suite.progress(f"The device is lost to this process: {error}")
+        return LOST
+    print(page(run.record))
+    run.finish()
+    return 130 if run.record["interrupted"] else 0
+
+
+def _watched(given: Sequence[str], out: Path | None, minutes: float, fresh: bool) -> int:
+    """Measure in another process; where it hangs or dies, go on in a new one while time is left."""
+    deadline = suite.until(minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gpu.json" if out is None else out
+        again = [word for word in given if word != "--fresh"]
+        while True:
+            left = max((deadline - time.monotonic()) / 60, 0.01)
+            arguments = [*(given if fresh else again), "--out", str(path)]
+            arguments += ["--minutes", f"{left:.3f}"]
+            fresh = False
+            code = _one_process([sys.executable, __file__, *arguments], path)
+            if code in (0, 1, 2, 130):
+                return code
+            if time.monotonic() > deadline:
+                print(f"Out of time; the last process ended with code {code}.", file=sys.stderr)
+                return 1
+            suite.progress(f"The process ended with code {code}; going on in a new one.")
+
+
+def _one_process(command: Sequence[str], path: Path) -> int:
+    """Run it; end it where its file has not changed for too long."""
+    environment = {**os.environ, INNER: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    process = subprocess.Popen(command, env=environment)
+    begin = time.time()
+    try:
+        while True:
+            try:
+                return process.wait(timeout=min(STALLED / 10, 1.0))
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                changed = suite.working(path).stat().st_mtime
+            except OSError:
+                changed = begin
+            if time.time() - max(changed, begin) > STALLED:
+                suite.progress(f"No word for {STALLED:.0f} s: ending the process.")
+                process.kill()
+    except KeyboardInterrupt:
+        return process.wait()  # it has had the same signal, and keeps what it has
+    finally:
+        if process.poll() is None:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The logits of the default size, all at once, would take 64 GiB.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -22,12 +21,6 @@ import numpy as np
 from flash_attention_jax import flash_attention
 
 ROWS = 16  # queries whose outputs are compared with float64
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def gibibytes(count: int | None) -> str:
@@ -70,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda q, k, v: flash_attention(q, k, v, causal=chosen.causal), *[abstract] * 3
     )
     jax.block_until_ready(arrays)
-    before = peak_bytes()
+    before = measure.peak_bytes()
     print(
         f"({chosen.length}, {chosen.dim}) float32{', causal' if chosen.causal else ''}, forward, "
         f"on {measure.machine()['cpu']}, {measure.machine()['cores']} cores",
@@ -79,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     out = jax.block_until_ready(build.run(*arrays))
     seconds = time.perf_counter() - start
-    after = peak_bytes()
+    after = measure.peak_bytes()
     # The usual count: two products of length * length * dim, half of them where causal.
     operations = 4 * chosen.length**2 * chosen.dim / (2 if chosen.causal else 1)
     print(f"compile time       {build.seconds:.2f} s")

@@ -1,252 +1,369 @@
 """Peers: each way to compute attention that is measured, behind one small adapter.
 
 An adapter says why it cannot run a workload, or prepares it: arrays in its own layout, compiled and
-ready to run. A peer that is not installed gives its reason, never an error.
+warm. A peer that is not installed gives its reason, never an error. PyTorch's are in
+peers_torch.py; flash-attention-jax 0.3.1, whose import name is ours, runs apart (apart.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib
-import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
+import apart
 import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+import peers_torch
 import workloads
+from prepared import Peer, Prepared
 from workloads import Workload
 
 import flash_attention_jax as fa
 
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A peer about to run a workload.
-
-    Attributes:
-        run: computes once, and returns when it is done.
-        results: computes once; "out", and where prepared with backward "dq", "dk" and "dv", as
-            (batch, heads, length, dim) arrays.
-        temp_bytes: temporary memory by the compiler's account, None where there is no compiler.
-        compile_seconds: to trace and compile, None where there is no compiler.
-    """
-
-    run: Callable[[], Any]
-    results: Callable[[], dict[str, np.ndarray]]
-    temp_bytes: int | None = None
-    compile_seconds: float | None = None
+Attend = Callable[[Workload, dict[str, Any]], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """One way to compute attention.
-
-    Attributes:
-        name: what the tables call it.
-        why_not: why it cannot run a workload, or None.
-        prepare: makes a workload ready, with its gradients or without.
-    """
-
-    name: str
-    why_not: Callable[[Workload], str | None]
-    prepare: Callable[[Workload, dict[str, np.ndarray], bool], Prepared]
+# --- what is measured ------------------------------------------------------------------------
 
 
-def thread_count() -> int:
-    """The cores that this process may use: as many threads as JAX's CPU backend has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def differentiated(attend: Attend, workload: Workload, backward: bool) -> Callable[..., Any]:
+    """The output, or the output and the gradients for the cotangent `weights`: what is measured."""
+    names = workloads.gradients(workload)
+
+    def forward(arrays: dict[str, Any]) -> Any:
+        return attend(workload, arrays)
+
+    def both(arrays: dict[str, Any]) -> Any:
+        def of(*leaves: Any) -> jax.Array:
+            return forward({**arrays, **dict(zip(names, leaves, strict=True))})
+
+        out, pull = jax.vjp(of, *(arrays[name] for name in names))
+        return out, *pull(arrays["weights"])
+
+    return both if backward else forward
 
 
-# --- JAX -------------------------------------------------------------------------------------
+def on_device(
+    workload: Workload, arrays: dict[str, np.ndarray], heads_last: bool
+) -> dict[str, Any]:
+    """The inputs in the workload's dtype, as JAX arrays of their own."""
+
+    def placed(name: str, x: np.ndarray) -> jax.Array:
+        if heads_last and name in ("q", "k", "v", "weights"):
+            x = x.swapaxes(1, 2)
+        dtype = workloads.DTYPES[workload.dtype] if x.dtype == np.float32 else x.dtype
+        return jax.device_put(x.astype(dtype, order="C", copy=True))
+
+    placed_arrays: dict[str, Any] = {name: placed(name, x) for name, x in arrays.items()}
+    if workload.dropout:
+        placed_arrays["dropout_key"] = jax.random.key(0)
+    return placed_arrays
 
 
-def _heads_first(implementation: str) -> Callable[..., jax.Array]:
-    def attend(w: Workload, q: Any, k: Any, v: Any, extras: dict[str, Any]) -> jax.Array:
-        options: dict[str, Any] = {"implementation": implementation, "causal": w.causal}
-        if w.window is not None:
-            options["window"] = w.window
-        if w.term == "key mask":
-            options["mask"] = extras["mask"]
-        if w.term == "segments":
-            options["q_segment_ids"] = options["kv_segment_ids"] = extras["segment_ids"]
-        if w.term == "dropout":
-            options |= {
-                "dropout_rate": workloads.DROPOUT_RATE,
-                "dropout_key": extras["dropout_key"],
-            }
+def prepare_jax(attend: Attend, heads_last: bool, workload: Workload, backward: bool) -> Prepared:
+    """Compile and warm a function of JAX."""
+    given = workloads.inputs(workload)
+    # The forward pass is not given the cotangent, as it would not be in use.
+    given = {name: x for name, x in given.items() if backward or name != "weights"}
+    arrays = on_device(workload, given, heads_last)
+    build = measure.compiled(differentiated(attend, workload, backward), arrays)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(arrays))
+    room = measure.available_bytes() if jax.default_backend() == "cpu" else None
+    if room is not None and build.temp_bytes is not None and build.temp_bytes > 0.8 * room:
+        raise MemoryError(f"{build.temp_bytes} bytes")  # Linux would kill the process instead
+    sets = [
+        arrays if index == 0 else on_device(workload, given, heads_last)
+        for index in range(measure.rotated(nbytes, jax.default_backend()))
+    ]
+    calls = measure.repeated(build.run, [[each] for each in sets])
+
+    def results() -> dict[str, np.ndarray]:
+        found = build.run(arrays)
+        names = ["out", *(f"d{name}" for name in workloads.gradients(workload))]
+        named = dict(zip(names, found, strict=True)) if backward else {"out": found}
+
+        def turned(name: str, x: jax.Array) -> np.ndarray:
+            array = np.asarray(x.astype(jnp.float32))
+            return array.swapaxes(1, 2) if heads_last and name != "dbias" else array
+
+        return {name: turned(name, x) for name, x in named.items()}
+
+    before = _device_peak()
+    found = results()
+    after = _device_peak()
+    return Prepared(
+        time=measure.timer(calls),
+        results=lambda: found,
+        temp_bytes=build.temp_bytes,
+        compile_seconds=build.seconds,
+        # The allocator keeps one peak for the whole process, so it tells only who raised it.
+        peak_bytes=after if after is not None and after != before else None,
+        device_seconds=lambda: measure.device_seconds(build.run, [arrays]),
+    )
+
+
+def _device_peak() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+# --- ours ------------------------------------------------------------------------------------
+
+
+def ours(implementation: str | None) -> Attend:
+    """`flash_attention`, or its cosine where the workload is."""
+
+    def attend(w: Workload, arrays: dict[str, Any]) -> jax.Array:
+        options = {**our_options(w, arrays), "implementation": implementation}
         if w.similarity == "cosine":
-            return fa.flash_cosine_sim_attention(q, k, v, scale=workloads.COSINE_SCALE, **options)
-        return fa.flash_attention(q, k, v, **options)
+            options["scale"] = workloads.COSINE_SCALE
+            return fa.flash_cosine_sim_attention(arrays["q"], arrays["k"], arrays["v"], **options)
+        return fa.flash_attention(arrays["q"], arrays["k"], arrays["v"], **options)
 
     return attend
 
 
-def _drop_in(w: Workload, q: Any, k: Any, v: Any, extras: dict[str, Any]) -> jax.Array:
+def our_options(w: Workload, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The options of a workload; `arrays` may be their shapes."""
+    options: dict[str, Any] = {"causal": w.causal}
+    if w.window is not None:
+        options["window"] = w.sides
+    if w.softcap is not None:
+        options["softcap"] = w.softcap
+    if w.bias:
+        options["attn_bias" if w.similarity == "cosine" else "bias"] = arrays["bias"]
+    if w.sinks:
+        options["sinks"] = arrays["sinks"]
+    if w.mask_prob:
+        options["mask"] = arrays["mask"]
+    if w.documents > 1:
+        options["q_segment_ids"] = options["kv_segment_ids"] = arrays["segment_ids"]
+    if w.dropout:
+        options |= {"dropout_rate": w.dropout, "dropout_key": arrays["dropout_key"]}
+    return options
+
+
+def shapes(w: Workload, *, heads_last: bool = False) -> dict[str, Any]:
+    """The shapes of a workload's arrays: to compile and to ask without making them."""
+    dtype = jnp.dtype(workloads.DTYPES[w.dtype])
+
+    def struct(shape: tuple[int, ...], of: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, of)
+
+    def turned(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+        return (shape[0], shape[2], shape[1], shape[3]) if heads_last else shape
+
+    q, kv = struct(turned(w.shape)), struct(turned(w.kv_shape))
+    found: dict[str, Any] = {"q": q, "k": kv, "v": kv, "weights": q}
+    found["mask"] = struct((w.batch, w.keys), jnp.bool_)
+    found["segment_ids"] = struct((w.batch, w.length), jnp.int32)
+    found["sinks"] = struct((w.heads,))
+    if w.bias:
+        found["bias"] = struct((1, w.heads, w.length, w.keys))
+    found["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
+    return found
+
+
+def our_why_not(implementation: str | None, w: Workload, backward: bool) -> str | None:
+    """The library's own reason; it chooses forward and backward together."""
+    del backward
+    arrays = shapes(w)
+    if w.dropout:
+        arrays["dropout_key"] = jax.random.key(0)
+    options = our_options(w, arrays)
+    if "attn_bias" in options:
+        options["bias"] = options.pop("attn_bias")
+    try:
+        fa.explain(
+            arrays["q"],
+            arrays["k"],
+            arrays["v"],
+            similarity=w.similarity,
+            implementation=implementation,
+            **cast("Any", options),
+        )
+    except NotImplementedError as error:
+        return str(error).partition("declines this call: ")[2].partition(". Use ")[0] or str(error)
+    except ValueError as error:  # an implementation of another version
+        return str(error)
+    return None
+
+
+def _drop_in(w: Workload, arrays: dict[str, Any]) -> jax.Array:
     return fa.dot_product_attention(
-        q,
-        k,
-        v,
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        arrays.get("bias"),
         is_causal=w.causal,
-        local_window_size=w.window,
-        similarity=w.similarity,
+        local_window_size=w.sides,
+        similarity=w.similarity,  # pyright: ignore[reportArgumentType]
         scale=workloads.COSINE_SCALE if w.similarity == "cosine" else None,
+        logits_soft_cap=w.softcap,
     )
 
 
-def _jax_nn(w: Workload, q: Any, k: Any, v: Any, extras: dict[str, Any]) -> jax.Array:
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=w.causal, local_window_size=w.window, implementation="xla"
-    )
+# --- others that JAX compiles ----------------------------------------------------------------
 
 
-def function(
-    attend: Callable[..., jax.Array], workload: Workload, backward: bool
-) -> Callable[..., Any]:
-    """The output, or the value of sum(weights * out) with its gradients: what is measured."""
-
-    def forward(arrays: dict[str, Any]) -> jax.Array:
-        return attend(workload, arrays["q"], arrays["k"], arrays["v"], arrays)
-
-    def value_and_grad(arrays: dict[str, Any]) -> Any:
-        def loss(q: Any, k: Any, v: Any) -> jax.Array:
-            return jnp.vdot(forward({**arrays, "q": q, "k": k, "v": v}), arrays["weights"])
-
-        return jax.value_and_grad(loss, argnums=(0, 1, 2))(arrays["q"], arrays["k"], arrays["v"])
-
-    return value_and_grad if backward else forward
+def lacks(w: Workload, *able: str) -> str | None:
+    """The first thing that a workload needs and that is not among these."""
+    missing = [name for name in w.features if name not in able]
+    return f"it has no {missing[0]}" if missing else None
 
 
-def _prepare_jax(attend: Callable[..., jax.Array], heads_last: bool) -> Callable[..., Prepared]:
-    def turned(array: np.ndarray) -> np.ndarray:
-        turn = heads_last and array.ndim == 4
-        return np.ascontiguousarray(array.swapaxes(1, 2)) if turn else array
-
-    def prepare(workload: Workload, inputs: dict[str, np.ndarray], backward: bool) -> Prepared:
-        # The forward pass is not given the cotangent, as it would not be in use.
-        arrays: dict[str, Any] = {
-            name: jax.device_put(turned(array))
-            for name, array in inputs.items()
-            if backward or name != "weights"
-        }
-        build = measure.compiled(function(attend, workload, backward), arrays)
-
-        def results() -> dict[str, np.ndarray]:
-            found = build.run(arrays)
-            named = (
-                dict(zip(("dq", "dk", "dv"), found[1], strict=True)) if backward else {"out": found}
-            )
-            return {name: turned(np.asarray(array)) for name, array in named.items()}
-
-        return Prepared(
-            lambda: jax.block_until_ready(build.run(arrays)),
-            results,
-            build.temp_bytes,
-            build.seconds,
+def _jax_nn(implementation: Any) -> Attend:
+    def attend(w: Workload, arrays: dict[str, Any]) -> jax.Array:
+        mask = arrays["mask"][:, None, None] if w.mask_prob else None
+        return jax.nn.dot_product_attention(
+            arrays["q"],
+            arrays["k"],
+            arrays["v"],
+            arrays.get("bias"),
+            mask,
+            is_causal=w.causal,
+            local_window_size=w.sides,
+            implementation=implementation,
         )
 
-    return prepare
+    return attend
 
 
-def _term_why_not(workload: Workload) -> str | None:
-    return f"not measured with {workload.term}" if workload.term else None
+def _jax_nn_why_not(implementation: str, w: Workload, backward: bool) -> str | None:
+    del backward
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU"
+    if implementation == "cudnn" and w.dtype == "float32":
+        return "it has no float32"
+    return lacks(w, "grouped heads", "window", "bias", "key mask")
 
 
-def _jax_nn_why_not(workload: Workload) -> str | None:
-    if workload.similarity == "cosine":
-        return "it has no cosine similarity"
-    return _term_why_not(workload)
+def _installed(name: str) -> tuple[ModuleType | None, str]:
+    """A package, or why it cannot be used."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None, f"{name} is not installed"
+        return None, f"{name} cannot be imported: {error}"
+    except Exception as error:  # noqa: BLE001 (a broken installation is a reason as well)
+        return None, f"{name} cannot be imported: {str(error).splitlines()[0]}"
+
+
+def _tokamax(implementation: str) -> Attend:
+    def attend(w: Workload, arrays: dict[str, Any]) -> jax.Array:
+        module: Any = _installed("tokamax")[0]
+        mask = arrays["mask"][:, None, None] if w.mask_prob else None
+        return module.dot_product_attention(
+            arrays["q"],
+            arrays["k"],
+            arrays["v"],
+            arrays.get("bias"),
+            mask,
+            is_causal=w.causal,
+            local_window_size=w.sides,
+            logits_soft_cap=w.softcap,
+            implementation=implementation,
+        )
+
+    return attend
+
+
+def _tokamax_why_not(implementation: str, w: Workload, backward: bool) -> str | None:
+    del backward
+    if implementation != "xla_chunked" and jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU"
+    able = ("grouped heads", "window", "bias", "key mask", "softcap")
+    return lacks(w, *able) or _installed("tokamax")[1] or None
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def _peer(
+    name: str,
+    why_not: Callable[[Workload, bool], str | None],
+    attend: Attend,
+    *,
+    heads_last: bool,
+) -> Peer:
+    return Peer(name, why_not, functools.partial(prepare_jax, attend, heads_last))
+
+
+def _our_peer(implementation: str) -> Peer:
+    why_not = functools.partial(our_why_not, implementation)
+    return _peer(implementation, why_not, ours(implementation), heads_last=False)
+
+
+# Which of ours stands for the library in a ratio: the first that took the call.
+OURS = ("hopper", "triton", "blocked")
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        # Ours, heads first; cosine where the workload is.
+        *map(_our_peer, (*OURS, "checkpointed", "dense")),
+        # Ours in jax.nn's layout, through the drop-in.
+        _peer(
+            "blocked, heads last",
+            lambda w, backward: lacks(
+                w, "cosine similarity", "grouped heads", "window", "softcap", "bias"
+            ),
+            _drop_in,
+            heads_last=True,
+        ),
+        _peer("jax.nn", functools.partial(_jax_nn_why_not, "xla"), _jax_nn("xla"), heads_last=True),
+        _peer(
+            "jax.nn cuDNN",
+            functools.partial(_jax_nn_why_not, "cudnn"),
+            _jax_nn("cudnn"),
+            heads_last=True,
+        ),
+        _peer(
+            "tokamax",
+            functools.partial(_tokamax_why_not, "mosaic"),
+            _tokamax("mosaic"),
+            heads_last=True,
+        ),
+        _peer(
+            "tokamax, chunked",
+            functools.partial(_tokamax_why_not, "xla_chunked"),
+            _tokamax("xla_chunked"),
+            heads_last=True,
+        ),
+        *peers_torch.PEERS,
+        apart.PEER,
+    )
+}
+
+
+def named(name: str) -> Peer:
+    """The peer of a name.
+
+    Raises:
+        ValueError: If there is none; the message lists those that there are.
+    """
+    if name not in PEERS:
+        raise ValueError(
+            f"`peer` must be the name of a peer, got {name!r}. Known: {', '.join(PEERS)}."
+        )
+    return PEERS[name]
 
 
 # What JAX compiles, by peer, and whether its arrays are heads last: of these memory is measured.
-TRACED: dict[str, tuple[Callable[..., jax.Array], bool]] = {
-    "blocked": (_heads_first("blocked"), False),
-    "jax.nn": (_jax_nn, True),
+TRACED: dict[str, tuple[Attend, bool]] = {
+    "blocked": (ours("blocked"), False),
+    "jax.nn": (_jax_nn("xla"), True),
 }
 
 
 def compiled(peer: str, workload: Workload, backward: bool) -> measure.Build:
     """Compile a peer for the shapes of a workload alone, so that any length will do."""
     attend, heads_last = TRACED[peer]
-    batch, heads, length, dim = workload.shape
-    shape = (batch, length, heads, dim) if heads_last else workload.shape
-    arrays = {
-        **dict.fromkeys(("q", "k", "v", "weights"), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        "mask": jax.ShapeDtypeStruct((batch, length), jnp.bool_),
-        "segment_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
-        "dropout_key": jax.eval_shape(lambda: jax.random.key(0)),
-    }
-    return measure.compiled(function(attend, workload, backward), arrays)
-
-
-# --- PyTorch ---------------------------------------------------------------------------------
-
-
-def torch_or_reason() -> tuple[ModuleType | None, str]:
-    """PyTorch, set to as many threads as JAX has; or why it cannot be used."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
-        return None, "torch is not installed" if absent else f"torch cannot be imported: {error}"
-    except (OSError, RuntimeError) as error:  # an installation that does not fit the machine
-        return None, f"torch cannot be imported: {str(error).splitlines()[0]}"
-    torch.set_num_threads(thread_count())
-    return torch, ""
-
-
-def _torch_why_not(workload: Workload) -> str | None:
-    if workload.similarity == "cosine":
-        return "it has no cosine similarity"
-    if workload.window is not None:
-        return "it has no window but as a dense mask"
-    return _term_why_not(workload) or torch_or_reason()[1] or None
-
-
-def _prepare_torch(workload: Workload, inputs: dict[str, np.ndarray], backward: bool) -> Prepared:
-    torch: Any = torch_or_reason()[0]
-    q, k, v, weights = (torch.from_numpy(inputs[name]) for name in ("q", "k", "v", "weights"))
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return attend(q, k, v, is_causal=workload.causal)
-
-    def value_and_grad() -> Any:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        value = (attend(*leaves, is_causal=workload.causal) * weights).sum()
-        return value.detach(), torch.autograd.grad(value, leaves)
-
-    def results() -> dict[str, np.ndarray]:
-        if not backward:
-            return {"out": forward().numpy()}
-        grads = value_and_grad()[1]
-        return {n: x.numpy() for n, x in zip(("dq", "dk", "dv"), grads, strict=True)}
-
-    return Prepared(value_and_grad if backward else forward, results)
-
-
-# --- the table -------------------------------------------------------------------------------
-
-PEERS = {
-    peer.name: peer
-    for peer in (
-        # Ours, heads first; cosine where the workload is.
-        Peer("blocked", _term_why_not, _prepare_jax(*TRACED["blocked"])),
-        # Ours in jax.nn's layout, through the drop-in.
-        Peer(
-            "blocked, heads last",
-            _term_why_not,
-            _prepare_jax(_drop_in, heads_last=True),
-        ),
-        # Ours by the definition.
-        Peer("dense", _term_why_not, _prepare_jax(_heads_first("dense"), heads_last=False)),
-        Peer("jax.nn", _jax_nn_why_not, _prepare_jax(*TRACED["jax.nn"])),
-        Peer("torch SDPA", _torch_why_not, _prepare_torch),
-    )
-}
+    arrays = shapes(workload, heads_last=heads_last)
+    return measure.compiled(differentiated(attend, workload, backward), arrays)

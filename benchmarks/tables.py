@@ -1,21 +1,19 @@
-"""Draw the tables of a benchmark from its JSON: as Markdown, or into README.md between its markers.
-
-python benchmarks/tables.py benchmarks/results/cpu.json                       print them
-python benchmarks/tables.py benchmarks/results/cpu.json --readme README.md    write them there
-"""
+"""The tables of a benchmark as Markdown; redraw.py puts them into README.md."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-FORMAT = 1  # of the JSON; raised when a reader of the old one would misread the new
-WRONG = 1e-3  # relative error beyond which a float32 result is no rounding
+import measure
+
+from flash_attention_jax._bench import FORMAT, OURS, load, wrong
+
+__all__ = ["FORMAT", "OURS", "load", "wrong"]
+
+# Other ways that this library computes the same, which are no other library's.
+INSIDE = (*OURS, "blocked, heads last", "checkpointed", "dense")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,10 +48,55 @@ def claims_table(record: dict[str, Any]) -> str:
 
 
 def samples_table(record: dict[str, Any]) -> str:
-    """Every peer's time, temporary memory and error."""
+    """Every peer's time, rate, ratios, temporary memory and error."""
+    header = ["workload", "pass", "length", "peer", "median", "quartiles", "runs"]
+    unit = "TFLOP/s" if record["machine"].get("gpu") else "GFLOP/s"
+    header += ["on the device", unit, "of matmul", "of copy", "theirs / ours", "temporary", "error"]
+    rows = [_sample(record, sample) for sample in record["samples"]]
+    # What an older benchmark did not measure, or a CPU cannot tell, needs no column.
+    kept = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
+    return markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def ratios(record: dict[str, Any]) -> list[tuple[dict[str, Any], measure.Summary]]:
+    """Every other library's row with the ratio of its time to ours, taken within the rounds."""
+    found = []
+    for sample in record["samples"]:
+        mine = ours_beside(record, sample)
+        if mine is None or sample["peer"] in INSIDE or sample.get("why_not") is not None:
+            continue
+        found.append((sample, measure.ratio(sample["seconds"], mine["seconds"])))
+    return found
+
+
+def ours_beside(record: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any] | None:
+    """The library's own row of the same call in the same section, or None."""
+    call = ("section", "workload", "pass", "length", "dtype")
+    beside = {
+        row["peer"]: row
+        for row in record["samples"]
+        if row.get("why_not") is None and all(row.get(name) == sample.get(name) for name in call)
+    }
+    return next((beside[name] for name in OURS if name in beside), None)
+
+
+def worst_table(record: dict[str, Any], count: int = 3) -> str:
+    """Where another library is furthest ahead, or least behind."""
+    sound = [each for each in ratios(record) if not wrong(each[0])]
+    rows = sorted(sound, key=lambda each: each[1].median)[:count]
     return markdown(
-        ("workload", "pass", "length", "peer", "median", "quartiles", "runs", "temporary", "error"),
-        [_sample(sample) for sample in record["samples"]],
+        ("theirs / ours", "quartiles", "peer", "workload", "pass", "length"),
+        [
+            (
+                f"{ratio.median:.2f}x",
+                f"{ratio.low:.2f}x – {ratio.high:.2f}x",
+                row["peer"],
+                row["words"],
+                row["pass"],
+                _length(row),
+            )
+            for row, ratio in rows
+        ],
     )
 
 
@@ -84,12 +127,19 @@ def caption(record: dict[str, Any]) -> str:
     machine, git = record["machine"], record["git"]
     commit = "no commit" if git["commit"] is None else f"commit {git['commit'][:12]}"
     notes = [f"{commit}{' with changes' if git['dirty'] else ''}"]
-    if record["quick"]:
+    if record.get("quick"):
         notes.append("a quick run, whose figures mean nothing")
-    if record["interrupted"]:
+    if record.get("interrupted"):
         notes.append("interrupted before its end")
+    if record.get("left"):
+        notes.append(f"{len(record['left'])} sections not reached in its time")
+    rates = record.get("rates")
+    if rates:
+        copied = f"{rates['copy'] / 1e9:.0f} GB/s"
+        notes.append(f"matrix product {operations(rates['matmul'])}, copy {copied} in this run")
+    where = f"{machine['gpu']}, " if machine.get("gpu") else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores; {versions}; {record['date']}; "
+        f"{where}{machine['cpu']}, {machine['cores']} cores; {versions}; {record['date']}; "
         f"{'; '.join(notes)}. Made by `{record['command']}`."
     )
 
@@ -104,6 +154,9 @@ def page(record: dict[str, Any], *, folded: bool = True) -> str:
     parts = [caption(record)]
     if record["claims"]:
         parts.append(claims_table(record))
+    if ratios(record):
+        parts += ["Where another library is furthest ahead of ours, or least behind:"]
+        parts += [worst_table(record)]
     for name, title, draw in (
         ("samples", "Time, temporary memory and error against float64 of each peer", samples_table),
         ("builds", "Temporary memory and compile time by length", builds_table),
@@ -142,20 +195,6 @@ def redraw(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a benchmark's JSON.
-
-    Raises:
-        ValueError: If it is none, or of a format that is not known here.
-        OSError: If it cannot be read.
-    """
-    record = json.loads(path.read_text())
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} must be a benchmark of format {FORMAT}, got format {found}.")
-    return record
-
-
 def verdict(claim: dict[str, Any]) -> str:
     """Whether the target is met, or why that cannot be said; nothing where there is no target."""
     if claim.get("why_not") is not None:
@@ -187,19 +226,54 @@ def _target(claim: dict[str, Any]) -> str:
     return f"{'≤' if claim['at_most'] else '≥'} {claim['target']:g}{unit}"
 
 
-def _sample(sample: dict[str, Any]) -> tuple[str, ...]:
-    head = sample["words"], sample["pass"], str(sample["length"]), sample["peer"]
+def in_short(row: dict[str, Any]) -> str:
+    """A row in a line, for whoever waits."""
+    if row.get("why_not") is not None:
+        return f"– {row['why_not']}"
+    rate = f", {operations(row['flops'] / row['median_s'])}" if row.get("flops") else ""
+    return f"{_milliseconds(row['median_s'])}{rate}, error {_error(row)}"
+
+
+def operations(rate: float) -> str:
+    """A rate of operations: in TFLOP/s, or GFLOP/s where it is under one."""
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+
+
+def _sample(record: dict[str, Any], sample: dict[str, Any]) -> tuple[str, ...]:
+    head = sample["words"], sample["pass"], _length(sample), sample["peer"]
     if sample.get("why_not") is not None:
-        return (*head, f"– {sample['why_not']}", "", "", "", "")
-    error = float("inf") if sample["error"] is None else sample["error"]
+        return (*head, f"– {sample['why_not']}", *[""] * 9)
+    unit = 1e12 if record["machine"].get("gpu") else 1e9
+    rates, median, mine = record.get("rates"), sample["median_s"], ours_beside(record, sample)
+    flops, moved = sample.get("flops"), sample.get("bytes")
+    quotient = ""
+    if mine is not None and mine is not sample:
+        quotient = f"{measure.ratio(sample['seconds'], mine['seconds']).median:.2f}x"
     return (
         *head,
-        _milliseconds(sample["median_s"]),
+        _milliseconds(median),
         f"{_milliseconds(sample['low_s'])} – {_milliseconds(sample['high_s'])}",
         str(len(sample["seconds"])),
+        _milliseconds(sample["device_s"]) if sample.get("device_s") else "",
+        "" if not flops else f"{flops / median / unit:.3g}",
+        "" if not (flops and rates) else f"{flops / median / rates['matmul']:.0%}",
+        "" if not (moved and rates) else f"{moved / median / rates['copy']:.0%}",
+        quotient,
         _mebibytes(sample["temp_bytes"]),
-        f"{error:.1e}" if error <= WRONG else f"**{error:.1e}, wrong**",
+        _error(sample),
     )
+
+
+def _length(row: dict[str, Any]) -> str:
+    keys = row.get("kv_length", row["length"])
+    return str(row["length"]) if keys == row["length"] else f"{row['length']} x {keys}"
+
+
+def _error(row: dict[str, Any]) -> str:
+    if row.get("unchecked"):
+        return f"– {row['unchecked']}"
+    error = float("inf") if row["error"] is None else row["error"]
+    return f"**{error:.1e}, wrong**" if wrong(row) else f"{error:.1e}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -210,26 +284,3 @@ def _milliseconds(seconds: float) -> str:
 
 def _mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.1f} MiB"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description="Draw the tables of a benchmark from its JSON.")
-    parser.add_argument("record", type=Path, help="what a benchmark wrote, such as cpu.json")
-    parser.add_argument("--readme", type=Path, help="the page to write them into, else print")
-    chosen = parser.parse_args(arguments)
-    try:
-        record = load(chosen.record)
-        if chosen.readme is None:
-            print(page(record))
-        else:
-            text = chosen.readme.read_text()
-            chosen.readme.write_text(redraw(text, record["name"], page(record)))
-    except (OSError, ValueError) as error:  # json's errors are ValueErrors
-        print(f"tables.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

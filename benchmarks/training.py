@@ -1,7 +1,6 @@
 """Measure training: dense attention against ours, and cosine similarity against the dot product.
 
 python benchmarks/training.py --out benchmarks/results/training.json     measure, in minutes
-python benchmarks/training.py --readme README.md                         draw what was measured
 
 Every run is one of `flash_attention_jax.train.fit` on the text that `flash-attention-jax train`
 reads where it is given none. The models are small, so that dense attention fits at length 8192.
@@ -11,21 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import measure
 import numpy as np
+import suite
 import tables
 
-from flash_attention_jax import _curves, _loop
-from flash_attention_jax.data import Text, load_text
-from flash_attention_jax.train import Config, evaluate, fit
+if TYPE_CHECKING:  # what they need is only there to train, and not to draw what was measured
+    from flash_attention_jax.data import Text
+    from flash_attention_jax.train import Config
 
 STEPS = 50  # dense against ours
 SIMILARITY_STEPS, SEEDS = 400, (0, 1)  # cosine against dot
@@ -51,12 +51,17 @@ RESULTS = Path(__file__).parent / "results" / "training.json"
 
 def configured(text: Text, *, steps: int, **changes: Any) -> Config:
     """A configuration of the small model."""
+    from flash_attention_jax.train import Config
+
     values = {**SMALL, "data": text.fingerprint, "steps": steps, "warmup": max(1, steps // 20)}
     return Config(**{**values, **changes})
 
 
 def losses(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]:
     """Bits per byte of each step of a run, and on held-out text after it."""
+    from flash_attention_jax import _curves
+    from flash_attention_jax.train import evaluate, fit
+
     with tempfile.TemporaryDirectory(dir=folder) as out:
         state = fit(config, text, Path(out), label=f"{config.attention}, {config.similarity}")
         held_out = text.validation(windows=VALID_WINDOWS, seq_len=config.seq_len)
@@ -105,31 +110,25 @@ def memory(lengths: tuple[int, ...], data: str | None) -> list[dict[str, Any]]:
 
 def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
     """Trains on single sequences; the peak of this process, and what the compiler sets aside."""
+    from flash_attention_jax import _loop
+    from flash_attention_jax.data import load_text
+    from flash_attention_jax.train import fit
+
     with tempfile.TemporaryDirectory() as folder:
         text = load_text(data, cache=Path(folder), seq_len=length)
         config = configured(text, steps=MEMORY_STEPS, attention=attention, seq_len=length, batch=1)
         state = fit(config, text, Path(folder))
-        peak = peak_bytes()
+        peak = measure.peak_bytes()
         tokens = text.batch(seed=0, step=0, batch=1, seq_len=length)[None]
         arguments = state["params"], state["optimizer"], tokens, np.int32(0)
-        analysis = _loop._update.lower(config, *arguments).compile().memory_analysis()  # noqa: SLF001
+        build = _loop._update.lower(config, *arguments).compile()  # noqa: SLF001
+        analysis: Any = build.memory_analysis()
     return {
         "attention": attention,
         "length": length,
         "peak_bytes": peak,
         "temp_bytes": int(analysis.temp_size_in_bytes),
     }
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: Linux lets a process begin with that of the one that started it.
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def page(record: dict[str, Any]) -> str:
@@ -170,35 +169,23 @@ def page(record: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure training on this CPU.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that it runs")
     parser.add_argument("--data", help="a text, as flash-attention-jax train takes it")
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--readme", type=Path, help="draw the committed JSON into this page")
     parser.add_argument("--one", nargs=2, metavar=("ATTENTION", "LENGTH"), help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.readme is not None:
-        table = page(tables.load(RESULTS))
-        chosen.readme.write_text(tables.redraw(chosen.readme.read_text(), "training", table))
-        return 0
+    chosen = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     if chosen.one is not None:
         print(json.dumps(one(chosen.one[0], int(chosen.one[1]), chosen.data)))
         return 0
+    from flash_attention_jax.data import load_text
+
     quick = chosen.quick
-    record: dict[str, Any] = {
-        "format": tables.FORMAT,
-        "name": "training",
-        "command": "python benchmarks/training.py --out benchmarks/results/training.json",
-        "quick": quick,
-        "interrupted": False,
-        "date": measure.now(),
-        "git": measure.commit(),
-        "machine": measure.machine(),
-        "versions": {n: v for n, v in measure.versions().items() if n != "torch"},
-    }
+    command = "python benchmarks/training.py --out benchmarks/results/training.json"
+    record = suite.header("training", command, quick=quick)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = load_text(chosen.data, cache=folder, seq_len=SMALL["seq_len"])
@@ -208,8 +195,7 @@ def main() -> int:
     record["memory"] = memory((256,) if quick else MEMORY_LENGTHS, chosen.data)
     print(page(record))
     if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        suite.write(record, chosen.out)
     return 0
 
 

@@ -28,6 +28,18 @@ def _train(argv: list[str]) -> int:
     return train_main(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from flash_attention_jax._bench import bench_main
+
+    return bench_main(argv)
+
+
+def _tune(argv: list[str]) -> int:
+    from flash_attention_jax.kernels.tune import tune_main
+
+    return tune_main(argv)
+
+
 def _capability(text: str) -> tuple[int, int]:
     major, dot, minor = text.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal()):
@@ -95,6 +107,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "check": (check_main, "compare every engine on this machine with float64: error, time, memory"),
     "demo": (_demo, "check, then train a small transformer on real text, in minutes"),
     "train": (_train, "train a byte-level transformer"),
+    "bench": (_bench, "measure speed and memory in a clone, or compare two measurements"),
+    "tune": (_tune, "measure the fastest tiles of the kernels on this GPU, and store them"),
     "explain": (explain_main, "say which implementation would run a call, and why"),
 }
 HELP = "\n".join(

@@ -1,6 +1,6 @@
-"""The benchmarks: their tables, their arithmetic on made-up numbers, and one tiny run."""
+"""The benchmarks: workloads and their answers, claims, tables, pictures, and one tiny run."""
 
-import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -18,9 +18,13 @@ from flash_attention_jax import flash_attention, flash_cosine_sim_attention
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cpu
-import gpu
 import measure
+import micro
+import named
 import peers
+import plots
+import redraw
+import suite
 import tables
 import workloads
 from workloads import WORKLOADS, Workload
@@ -38,29 +42,80 @@ def test_workload_is_well_formed(name):
     workload = WORKLOADS[name]
     assert workload.name == name
     assert workload.source
-    assert min(workload.shape) >= 1
+    assert min(*workload.shape, *workload.kv_shape) >= 1
+    assert workload.heads % workload.key_heads == 0
     assert workload.similarity in ("dot", "cosine")
-    assert workload.term in (None, *workloads.TERMS)
-    # "4k" in the name is 4096.
-    assert workload.length == 1024 * int(name.rpartition("-")[2].removesuffix("k"))
-    assert workload.quick().length <= 512
-    # The tables tell calls of one length apart by their words.
-    alike = [
-        w for w in WORKLOADS.values() if (w.words, w.length) == (workload.words, workload.length)
-    ]
-    assert alike == [workload]
+    assert workload.dtype in workloads.DTYPES
+    quick = workload.quick()
+    assert quick.length <= 512
+    assert quick.features == workload.features
+    assert quick.words.split()[0] == workload.words.split()[0]
 
 
-def test_every_workload_is_measured():
-    assert {case.workload for case in CASES} | set(cpu.BUILT) == set(WORKLOADS)
-    assert {WORKLOADS[name].term for name in cpu.BUILT} == {None, *workloads.TERMS}
-    assert set(cpu.SECTIONS) == {*cpu.TIMED, "memory", "compile"}
+def test_every_family_is_there_with_its_shape():
+    shapes = {
+        "seed-128": (4, 8, 128, 64),
+        "seed-8k": (4, 8, 8192, 64),
+        "bert-128": (8, 12, 128, 64),
+        "bert-4k": (8, 12, 4096, 64),
+        "sweep-d64-full-16k": (1, 32, 16384, 64),
+        "sweep-cosine-d256-causal-512": (32, 8, 512, 256),
+        "llama-8k": (1, 32, 8192, 128),
+        "gemma-8k": (1, 16, 8192, 256),
+        "gpt-oss-8k": (1, 64, 8192, 64),
+        "alphafold-256x256": (256, 4, 256, 32),
+        "vit-64x197": (64, 12, 197, 64),
+        "packed-8k": (1, 32, 8192, 128),
+        "decode-128k": (1, 32, 1, 128),
+    }
+    assert {name: WORKLOADS[name].shape for name in shapes} == shapes
+    assert {WORKLOADS[f"decode-{n}k"].keys for n in (1, 128)} == {1024, 131072}
+    assert WORKLOADS["llama-8k"].kv_shape == (1, 8, 8192, 128)
+    features = {
+        "bert-masked-1k": ("key mask",),
+        "bert-dropout-1k": ("dropout",),
+        "gemma-8k": ("grouped heads", "window", "softcap"),
+        "gpt-oss-8k": ("grouped heads", "window", "sinks"),
+        "alphafold-256x256": ("bias",),
+        "packed-8k": ("grouped heads", "segments"),
+    }
+    assert {name: WORKLOADS[name].features for name in features} == features
 
 
-def test_every_case_names_a_peer_that_takes_it_when_installed():
+def test_operations_are_counted_as_the_field_does():
+    full, causal = WORKLOADS["sweep-d128-full-16k"], WORKLOADS["sweep-d128-causal-16k"]
+    assert full.flops(backward=False) == 4 * 16 * 16384**2 * 128
+    assert causal.flops(backward=True) == 3.5 * full.flops(backward=False) / 2
+    window = Workload("w", "a test", 100, heads=1, dim=1, window=2)
+    assert window.pairs() == 5 * 100 - 2 * (2 + 1)
+    assert dataclasses.replace(window, causal=True).pairs() == 3 * 100 - (2 + 1)
+    packed = Workload("p", "a test", 100, documents=3)
+    sizes = np.diff(workloads.documents(packed))
+    assert (sizes.sum(), packed.pairs()) == (100, (sizes**2).sum())
+    decode = WORKLOADS["decode-1k"]
+    assert decode.flops(backward=False) == 4 * 32 * 1024 * 128
+    # Queries and output of 32 heads of one token, keys and values of 8 of 1024, 4 bytes each.
+    assert decode.bytes(backward=False) == 4 * (2 * 32 * 128 + 2 * 8 * 1024 * 128)
+
+
+def test_every_workload_of_a_plan_and_every_peer_of_it_is_known():
+    for section in [*cpu.sections(), *micro.sections()]:
+        for case in section.cases:
+            assert case.peer in peers.PEERS
+            assert case.workload.name in WORKLOADS
+    timed = {section.name for section in cpu.sections()}
+    assert set(cpu.TIMED) < timed
+    # Three other libraries at least, at each length of the sweep.
+    for section in cpu.sections():
+        if section.name.startswith("seed-") and not section.name.startswith("seed-8k"):
+            others = {case.peer for case in section.cases} - {"blocked"}
+            assert len(others) >= 3, section.name
+
+
+def test_every_case_of_a_claim_names_a_peer_that_takes_it_when_installed():
     for case in CASES:
-        reason = peers.PEERS[case.peer].why_not(WORKLOADS[case.workload])
-        assert reason is None or reason.startswith("torch "), case
+        reason = peers.PEERS[case.peer].why_not(case.workload, case.backward)
+        assert reason is None or "is not installed" in reason, case
 
 
 def test_targets_are_those_that_are_promised():
@@ -84,7 +139,7 @@ def test_targets_are_those_that_are_promised():
 def test_claims_divide_the_slower_by_the_faster_and_parts_by_wholes():
     for section, claim in CLAIMS:
         assert claim.above.backward == claim.below.backward
-        above, below = WORKLOADS[claim.above.workload], WORKLOADS[claim.below.workload]
+        above, below = claim.above.workload, claim.below.workload
         assert above.length == below.length
         if "share" in section:
             assert above.causal or above.window
@@ -98,31 +153,79 @@ def test_claims_divide_the_slower_by_the_faster_and_parts_by_wholes():
 
 
 def test_inputs_are_the_same_each_time_and_all_different():
-    workload = Workload("small", "a test", 16, heads=2, dim=8)
-    first, second = workloads.inputs(workload), workloads.inputs(workload)
-    assert list(first) == ["q", "k", "v", "weights"]
+    workload = Workload("small", "a test", 16, heads=2, dim=8, dtype="bfloat16", mask_prob=0.5)
+    first = workloads.inputs(workload)
+    workloads.inputs.cache_clear()
+    second = workloads.inputs(workload)
+    assert list(first) == ["q", "k", "v", "weights", "mask"]
     for name, array in first.items():
-        assert array.shape == workload.shape
-        assert array.dtype == np.float32
         np.testing.assert_array_equal(array, second[name])
+        if name != "mask":
+            assert array.shape == workload.shape
+            assert array.dtype == np.float32
+            rounded = array.astype(jnp.bfloat16).astype(np.float32)
+            np.testing.assert_array_equal(array, rounded)  # so that every peer gets the same
     assert not np.array_equal(first["q"], first["k"])
+    assert 0 < first["mask"].mean() < 1
+    assert first["mask"][:, 0].all()
+
+
+CALLS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": 5},
+    "causal window softcap": {"causal": True, "window": 5, "softcap": 2.0},
+    "sinks": {"sinks": True, "causal": True},
+    "bias": {"bias": True, "batch": 2},
+    "mask": {"mask_prob": 0.3, "batch": 2},
+    "segments": {"documents": 3, "causal": True},
+    "decode": {"length": 1, "kv_length": 37},
+}
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 5}], ids=str)
-def test_reference_is_what_dense_computes(similarity, options, monkeypatch):
-    monkeypatch.setattr(workloads, "ORACLE_ROWS", 16)  # three blocks, the last one short
-    workload = Workload("small", "a test", 37, heads=2, dim=8, similarity=similarity, **options)
-    arrays = workloads.inputs(workload)
-    found = workloads.reference(workload, arrays, batch=0, head=1, backward=True)
-    q, k, v, weights = (arrays[n][0, 1].astype(np.float64) for n in ("q", "k", "v", "weights"))
+@pytest.mark.parametrize("call", CALLS)
+def test_reference_is_what_dense_computes(similarity, call, monkeypatch):
+    monkeypatch.setattr(workloads, "ORACLE_LOGITS", 16 * 37 * 2)  # three blocks, the last one short
+    options = {"heads": 4, "kv_heads": 2, "dim": 8, "length": 37, **CALLS[call]}
+    workload = Workload("small", "a test", similarity=similarity, **options)
+    found = workloads.reference(workload, backward=True)
+    arrays = {
+        name: jnp.asarray(x.astype(np.float64) if x.dtype == np.float32 else x)
+        for name, x in workloads.inputs(workload).items()
+    }
+    said = peers.our_options(workload, arrays)
+    bias = "attn_bias" if similarity == "cosine" else "bias"
     attend = flash_attention if similarity == "dot" else flash_cosine_sim_attention
-    attend = functools.partial(attend, implementation="dense", **options)
-    out, pull = jax.vjp(attend, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
-    for name, right in zip(
-        ("out", "dq", "dk", "dv"), (out, *pull(jnp.asarray(weights))), strict=True
-    ):
-        np.testing.assert_allclose(found[name], right, rtol=1e-9, atol=1e-12, err_msg=name)
+    names = workloads.gradients(workload)
+
+    def of(*leaves):
+        given = dict(zip(names, leaves, strict=True))
+        more = {**said, "implementation": "dense"}
+        if workload.bias:
+            more[bias] = given["bias"]
+        return attend(given["q"], given["k"], given["v"], **more)
+
+    out, pull = jax.vjp(of, *(arrays[name] for name in names))
+    results = {"out": out} | {
+        f"d{n}": x for n, x in zip(names, pull(arrays["weights"]), strict=True)
+    }
+    for name, right in workloads.part_of(results, workload).items():
+        shaped = right.reshape(found[name].shape)
+        np.testing.assert_allclose(found[name], shaped, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_reference_of_jax_is_that_of_numpy():
+    workload = Workload("small", "a test", 37, heads=4, kv_heads=2, dim=8, causal=True, sinks=True)
+    right = workloads.reference(workload, backward=True)
+    found = workloads.reference(workload, backward=True, xp=jnp)
+    for name, array in right.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_reference_refuses_dropout():
+    with pytest.raises(ValueError, match="must have no dropout, got 0"):
+        workloads.reference(WORKLOADS["bert-dropout-1k"].quick(), backward=False)
 
 
 # --- arithmetic ------------------------------------------------------------------------------
@@ -166,7 +269,7 @@ class Clock:
             self.ran.append(name)
             self.now += seconds
 
-        return run
+        return functools.partial(measure.seconds, run, self)
 
 
 def test_rounds_run_every_case_once_in_changing_order():
@@ -195,6 +298,41 @@ def test_rounds_end_when_the_time_is_spent(limits, count):
     assert len(list(measure.interleaved(cases, 9, clock=clock, **limits))) == count
 
 
+def test_short_calls_are_repeated_until_a_clock_can_see_them():
+    clock, calls = Clock(), []
+
+    def run(count):
+        calls.append(count)
+        clock.now += 0.001 * count
+
+    time_once = measure.timer(run, clock)
+    assert time_once() == pytest.approx(0.001)
+    assert calls == [1, 20]
+    assert time_once() == pytest.approx(0.001)
+    assert calls == [1, 20, 20]
+
+
+def test_inputs_rotate_through_more_than_a_cache():
+    assert measure.rotated(2**20, "gpu") == measure.MOST_SETS
+    assert measure.rotated(2**25, "gpu") * 2**25 == measure.ROTATED_BYTES["gpu"]
+    assert measure.rotated(2**40, "gpu") == 1
+
+
+def test_failure_says_oom_or_what_was_said():
+    assert measure.failure(MemoryError()) == "oom"
+    assert measure.failure(RuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.")) == "oom"
+    assert measure.failure(RuntimeError("no kernel\nsecond line")) == "failed: no kernel"
+    assert measure.failure(ValueError("`q` must")) == "failed: ValueError: `q` must"
+    assert measure.is_fatal(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"))
+    assert not measure.is_fatal(MemoryError())
+
+
+def test_rates_are_of_this_machine():
+    found = measure.rates(quick=True)
+    assert found["matmul"] > 0
+    assert found["copy"] > 0
+
+
 def test_compiled_says_what_memory_and_time_it_took():
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     build = measure.compiled(lambda x: (x @ x) @ x, shape)
@@ -204,105 +342,46 @@ def test_compiled_says_what_memory_and_time_it_took():
     np.testing.assert_array_equal(build.run(jnp.eye(64, dtype=jnp.float32)), np.eye(64))
 
 
-# --- one run, with peers made up -------------------------------------------------------------
+# --- memory and compile time -----------------------------------------------------------------
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """A quick run of `ours` (1 s), `theirs` (2 s, then 3 s) and two that cannot run."""
-    clock = Clock()
-
-    def prepare(peer_name):
-        def prepared(workload, arrays, backward):
-            if peer_name == "broken":
-                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
-            seconds = iter([2.0, 3.0] if peer_name == "theirs" else [1.0] * 9)
-
-            def once():
-                step = next(seconds, None)
-                if step is None:
-                    raise KeyboardInterrupt
-                clock.now += step
-
-            right = workloads.reference(workload, arrays, batch=0, head=1, backward=False)["out"]
-            wrong = right + (0.5 * np.abs(right).max() if peer_name == "theirs" else 0.0)
-            return peers.Prepared(once, lambda: {"out": np.stack([wrong, wrong])[None]})
-
-        return prepared
-
-    made_up = {
-        name: peers.Peer(name, lambda w, reason=reason: reason, prepare(name))
-        for name, reason in (
-            ("ours", None),
-            ("theirs", None),
-            ("absent", "it is not installed"),
-            ("broken", None),
-        )
-    }
-    monkeypatch.setattr(peers, "PEERS", made_up)
-    monkeypatch.setattr(measure, "interleaved", functools.partial(measure.interleaved, clock=clock))
-    found = cpu.Run(quick=True, repeat=5, command="a test")
-    found.quick = False  # so that targets are judged,
-    monkeypatch.setitem(WORKLOADS, "full-4k", WORKLOADS["full-4k"].quick())  # at a tiny size
-    return found
+def _record(builds=(), samples=()):
+    return {"quick": False, "samples": list(samples), "builds": list(builds)}
 
 
-def test_interrupted_section_keeps_its_whole_rounds_and_every_row(run):
-    case = {name: cpu.Case(name, "full-4k") for name in ("ours", "theirs", "absent", "broken")}
-    claims = [
-        cpu.Claim("theirs / ours", case["theirs"], case["ours"], 2.6),
-        cpu.Claim("theirs / ours, low", case["theirs"], case["ours"], 2.5),
-        cpu.Claim("ours / theirs", case["ours"], case["theirs"], 0.4, at_most=True),
-        cpu.Claim("absent / ours", case["absent"], case["ours"], 0.7),
-        cpu.Claim("broken / ours", case["broken"], case["ours"], 0.7),
-    ]
-    with pytest.raises(KeyboardInterrupt):  # `theirs` in the third of five rounds
-        run.timed("a section", claims)
-    samples = {sample["peer"]: sample for sample in run.record["samples"]}
-    assert list(samples) == ["theirs", "ours", "absent", "broken"]
-    assert samples["ours"]["seconds"] == [1.0, 1.0]
-    assert samples["theirs"]["seconds"] == [2.0, 3.0]
-    assert samples["theirs"]["median_s"] == 2.5
-    assert samples["ours"]["error"] == 0.0
-    assert samples["theirs"]["error"] == pytest.approx(0.5)
-    assert samples["absent"]["why_not"] == "it is not installed"
-    assert samples["broken"]["why_not"] == "out of memory"
-    rows = run.record["claims"]
-    assert [row.get("value") for row in rows] == [2.5, 2.5, pytest.approx(5 / 12), None, None]
-    assert [tables.verdict(row) for row in rows] == [
-        "**missed**",
-        "met",
-        "**missed**",
-        "it is not installed",
-        "out of memory",
-    ]
-    page = tables.page(run.record)
-    assert "| 2.50x | 2.25x – 2.75x | ≥ 2.6x | **missed** " in page
-    assert "5.0e-01, wrong" in page
-    assert "– it is not installed" in page
-    json.dumps(run.record, allow_nan=False)
+def _built(length, size, **more):
+    row = {"section": "memory", "peer": "blocked", "words": "full", "pass": "forward"}
+    return row | {"length": length, "temp_bytes": size} | more
 
 
-def test_torch_that_is_not_installed_is_a_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    reason = peers.PEERS["torch SDPA"].why_not(WORKLOADS["full-4k"])
-    assert reason == "torch is not installed"
-
-
-def test_growth_is_the_largest_of_the_doublings(run):
-    workload = WORKLOADS["full-4k"]
-    for sizes, value, verdict in (
+@pytest.mark.parametrize(
+    ("sizes", "value", "verdict"),
+    [
         ([100, 200, 400], 2.0, "met"),
         ([100, 200, 500], 2.5, "**missed**"),
         ([0, 0, 0], 1.0, "met"),
         ([100, None, 400], None, "the compiler does not say"),
-    ):
-        builds = [measure.Build(len, 1.0, size) for size in sizes]
-        run._add_growth("memory", "blocked", workload, True, [1, 2, 4], builds)
-        assert run.record["claims"][-1].get("value") == value
-        assert tables.verdict(run.record["claims"][-1]) == verdict
-    run._add_growth("memory", "blocked", workload, True, [1, 2], [builds[0], "out of memory"])
-    assert tables.verdict(run.record["claims"][-1]) == "out of memory"
+    ],
+    ids=str,
+)
+def test_growth_is_the_largest_of_the_doublings(sizes, value, verdict):
+    builds = [_built(n, size) for n, size in zip([1, 2, 4], sizes, strict=True)]
+    (claim,) = cpu.claims(_record(builds))
+    assert claim.get("value") == value
+    assert tables.verdict(claim) == verdict
+
+
+def test_growth_of_what_did_not_compile_has_the_reason():
+    (claim,) = cpu.claims(_record([_built(1, 9), _built(2, None, why_not="oom")]))
+    assert tables.verdict(claim) == "oom"
+
+
+def test_compile_time_is_the_longest():
+    rows = [
+        _built(n, 1, section="compile", compile_s=seconds) for n, seconds in ((1, 0.5), (2, 3.5))
+    ]
+    (claim,) = cpu.claims(_record(rows))
+    assert (claim["value"], tables.verdict(claim)) == (3.5, "**missed**")
 
 
 @pytest.mark.parametrize("peer", peers.TRACED)
@@ -328,7 +407,7 @@ def _operations(workload):
     return build.run.as_text().count(" = ")
 
 
-# --- tables ----------------------------------------------------------------------------------
+# --- tables and pictures ---------------------------------------------------------------------
 
 PAGE = "# Title\n\nBefore.\n\n<!-- benchmark:cpu -->\nold\n<!-- /benchmark:cpu -->\n\nAfter.\n"
 
@@ -357,6 +436,123 @@ def test_redraw_refuses_a_page_without_its_markers(text):
         tables.redraw(text, "cpu", "table")
 
 
+def _sample(peer, seconds, *, length=1024, **more):
+    summary = measure.summarize(seconds)
+    workload = dataclasses.replace(WORKLOADS["seed-1k"], length=length)
+    return {
+        "section": f"seed-{length}, forward",
+        "peer": peer,
+        "workload": f"seed-{length}",
+        "words": "full",
+        "pass": "forward",
+        "batch": 4,
+        "heads": 8,
+        "dim": 64,
+        "length": length,
+        "kv_length": length,
+        "dtype": "float32",
+        "flops": workload.flops(backward=False),
+        "bytes": workload.bytes(backward=False),
+        "seconds": seconds,
+        "median_s": summary.median,
+        "low_s": summary.low,
+        "high_s": summary.high,
+        "temp_bytes": length * 2**20,
+        "error": 1e-7,
+        **more,
+    }
+
+
+@pytest.fixture
+def record():
+    """A record with ours, one twice as fast, one wrong and one that cannot run, at two lengths."""
+    samples = []
+    for length, seconds in ((1024, 0.01), (2048, 0.04)):
+        samples += [
+            _sample("blocked", [seconds] * 3, length=length),
+            _sample("torch SDPA", [seconds / 2] * 3, length=length),
+            _sample("jax.nn", [seconds / 4] * 3, length=length, error=0.5),
+            _sample("dense", [seconds * 2] * 3, length=length),
+            _sample("tokamax", [1.0], length=length, why_not="tokamax is not installed"),
+        ]
+    return {
+        **suite.header("cpu", "a test"),
+        "rates": {"matmul": 2e11, "copy": 1e10, "dtype": "float32"},
+        "claims": [],
+        "samples": samples,
+        "builds": [],
+    }
+
+
+def test_rows_show_rates_ratios_and_what_is_wrong(record):
+    lines = [line.split("|")[1:-1] for line in tables.samples_table(record).splitlines()]
+    header, *rows = [[cell.strip() for cell in line] for line in lines]
+    found = {row[3]: dict(zip(header, row, strict=True)) for row in rows[1:6]}
+    flops = WORKLOADS["seed-1k"].flops(backward=False)
+    assert found["blocked"]["GFLOP/s"] == f"{flops / 0.01 / 1e9:.3g}"
+    assert found["blocked"]["of matmul"] == f"{flops / 0.01 / 2e11:.0%}"
+    assert found["blocked"]["theirs / ours"] == ""
+    assert found["torch SDPA"]["theirs / ours"] == "0.50x"
+    assert found["jax.nn"]["error"] == "**5.0e-01, wrong**"
+    assert found["tokamax"]["median"] == "– tokamax is not installed"
+
+
+def test_worst_ratios_leave_out_what_is_wrong_and_what_is_ours(record):
+    rows = tables.worst_table(record).splitlines()[2:]
+    assert len(rows) == 2
+    assert all("torch SDPA" in row and "0.50x" in row for row in rows)
+
+
+def test_half_precision_may_be_less_exact():
+    assert tables.wrong({"error": 1e-2, "dtype": "float32"})
+    assert not tables.wrong({"error": 1e-2, "dtype": "bfloat16"})
+    assert tables.wrong({"error": None, "dtype": "bfloat16"})
+    assert not tables.wrong({"error": None, "unchecked": "dropout is random"})
+
+
+def test_pictures_have_axes_with_units_and_are_the_same_each_time(record):
+    found = {picture.name: picture for picture in plots.pictures(record)}
+    assert list(found) == ["cpu-speed", "cpu-roofline"]
+    speed = found["cpu-speed"].svg("light")
+    assert speed == found["cpu-speed"].svg("light")
+    text = speed.decode()
+    assert "length (tokens)" in text
+    assert "GFLOP/s" in text
+    assert "jax.nn (wrong)" in text
+    assert "tokamax" not in text
+    dark = found["cpu-speed"].svg("dark").decode()
+    assert plots.THEMES["dark"]["ink"] in dark
+    assert plots.THEMES["light"]["ink"] not in dark
+    roofline = found["cpu-roofline"].svg("light").decode()
+    assert "operations per byte (FLOP/B)" in roofline
+    assert "jax.nn, forward" not in roofline
+
+
+def test_picture_of_memory_is_drawn_from_what_was_compiled(record):
+    record["builds"] = [
+        _built(n, n * 2**20, **{"pass": "forward+backward", "heads": 8, "dim": 64})
+        for n in (1024, 2048)
+    ]
+    found = {picture.name: picture for picture in plots.pictures(record)}
+    assert "temporary memory (MiB)" in found["cpu-memory"].svg("light").decode()
+
+
+def test_record_with_too_little_has_no_pictures(record):
+    record |= {"samples": record["samples"][:1], "rates": None}
+    assert plots.pictures(record) == []
+
+
+def test_readme_is_what_the_results_give():
+    text = (ROOT / "README.md").read_text()
+    page, pictures = redraw.drawn(text)
+    assert page == text, "Run `make plots`."
+    for picture in pictures:
+        for theme in plots.THEMES:
+            path = ROOT / redraw.PICTURES / f"{picture.name}-{theme}.svg"
+            assert path.exists(), "Run `make plots`."
+            assert f"{redraw.PICTURES}/{picture.name}-{theme}.svg" in page
+
+
 # --- the commands ----------------------------------------------------------------------------
 
 
@@ -365,38 +561,72 @@ def test_redraw_refuses_a_page_without_its_markers(text):
     [
         (
             ["--only", "forward,nope", "memory", "neither"],
-            f"cpu.py: --only must name {', '.join(cpu.SECTIONS)}; got nope, neither.\n",
+            "--only must name forward, causal-forward",
         ),
+        (["--only", "forward,nope", "memory", "neither"], "; got nope, neither.\n"),
+        (["--peers", "nobody"], f"--peers must name {', '.join(peers.PEERS)}; got nobody.\n"),
         (["--repeat", "0"], "cpu.py: --repeat must be at least 1, got 0.\n"),
+        (["--minutes", "-1"], "cpu.py: --minutes must be over 0, got -1.\n"),
     ],
-    ids=["unknown name", "no rounds"],
+    ids=str,
 )
 def test_wrong_command_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert cpu.main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err == message
+    assert captured.err.startswith("cpu.py: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "nope"], "`workload` must be the name of a workload, got 'nope'. Known: "),
+        (["--only-forwards", "--only-backwards"], "leave nothing to measure"),
+        (["--mask-prob", "1"], "--mask-prob must be at least 0 and under 1, got 1."),
+        (["--seq-lens", "128", "0"], "--seq-lens must be at least 1, got 0."),
+        (["--num-times", "0"], "--num-times must be at least 1, got 0."),
+    ],
+    ids=str,
+)
+def test_named_refuses_what_cannot_be_measured(arguments, message, capsys):
+    assert named.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_the_older_benchmark_make_its_workloads():
+    parsed = {}
+
+    def sections(chosen, found):
+        parsed["rows"] = [
+            (w.name, w.dtype, w.causal, w.mask_prob, w.batch, w.heads, w.dim) for w in found
+        ]
+        raise ValueError("enough")
+
+    words = ["--seq-lens", "128", "8192", "--causal", "--mask-prob", "0.2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named, "sections", sections)
+        named.main(words)
+    assert parsed["rows"] == [
+        (f"seed-{n}", dtype, True, 0.2, 4, 8, 64)
+        for n in ("128", "8k")
+        for dtype in ("float32", "float16")
+    ]
+
+
+def test_sections_are_chosen_by_name_or_by_how_names_begin():
+    names = ["forward", "forward-backward", "seed-128, forward", "seed-1k, forward"]
+    assert suite.covered("forward", names) == ["forward"]
+    assert suite.covered("seed", names) == names[2:]
+    assert suite.covered("seed-128", names) == names[2:3]
+    assert suite.covered("nope", names) == []
 
 
 def test_out_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cpu.main(["--out", str(tmp_path / "file" / "cpu.json")]) == 2
     assert capsys.readouterr().err.startswith("cpu.py: --out must be a file that can be written")
-
-
-def test_record_of_another_format_is_refused(tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    path.write_text('{"format": 0}')
-    assert tables.main([str(path)]) == 2
-    assert "must be a benchmark of format 1, got format 0." in capsys.readouterr().err
-
-
-def test_command_that_is_recorded_repeats_the_run_anywhere():
-    options = {"quick": True, "only": ["memory"], "repeat": 3, "out": Path("results/cpu.json")}
-    said = "python benchmarks/cpu.py --quick --only memory --repeat 3"
-    namespace = argparse.Namespace
-    assert cpu.command(namespace(**options)) == f"{said} --out results/cpu.json"
-    assert cpu.command(namespace(**options | {"out": Path("/somewhere/cpu.json")})) == said
 
 
 def _python(*arguments):
@@ -411,8 +641,8 @@ def _python(*arguments):
     )
 
 
-def test_quick_run_writes_a_record_that_the_readme_is_drawn_from(tmp_path):
-    out, readme = tmp_path / "results" / "cpu.json", tmp_path / "README.md"
+def test_quick_run_writes_a_record_that_a_page_is_drawn_from(tmp_path):
+    out = tmp_path / "results" / "cpu.json"
     ran = _python("benchmarks/cpu.py", "--quick", "--only", "window-share", "--out", out)
     assert "window / full, both ours" in ran.stdout
     assert list(out.parent.iterdir()) == [out]
@@ -420,24 +650,20 @@ def test_quick_run_writes_a_record_that_the_readme_is_drawn_from(tmp_path):
     assert [row["section"] for row in record["claims"]] == ["window-share"]
     assert len(record["samples"]) == 2
     for sample in record["samples"]:
-        assert len(sample["seconds"]) == cpu.QUICK_ROUNDS
+        assert len(sample["seconds"]) == suite.QUICK_ROUNDS
         assert sample["low_s"] <= sample["median_s"] <= sample["high_s"]
         assert sample["error"] < 1e-5
     assert not record["interrupted"]
     assert record["versions"]["jax"] == jax.__version__
     assert record["machine"]["cores"] == os.cpu_count()
+    assert record["rates"]["matmul"] > 0
     assert str(tmp_path) not in out.read_text()
     assert str(ROOT) not in out.read_text()
-
-    readme.write_text(PAGE)
-    drawn = []
-    for _ in range(2):
-        assert tables.main([str(out), "--readme", str(readme)]) == 0
-        drawn.append(readme.read_text())
-    assert drawn[0] == drawn[1]
-    assert "a quick run, whose figures mean nothing" in drawn[0]
-    assert drawn[0].startswith("# Title\n\nBefore.\n\n<!-- benchmark:cpu -->")
-    assert drawn[0].endswith("<!-- /benchmark:cpu -->\n\nAfter.\n")
+    page = tables.redraw(PAGE, "cpu", tables.page(record))
+    assert "a quick run, whose figures mean nothing" in page
+    assert page.startswith("# Title\n\nBefore.\n\n<!-- benchmark:cpu -->")
+    assert page.endswith("<!-- /benchmark:cpu -->\n\nAfter.\n")
+    json.dumps(record, allow_nan=False)
 
 
 def test_long_run_says_what_time_and_memory_it_took():
@@ -445,57 +671,3 @@ def test_long_run_says_what_time_and_memory_it_took():
     said = dict(line.split("  ", 1) for line in ran.stdout.splitlines()[1:])
     assert list(said)[:3] == ["compile time", "time", "temporary memory"]
     assert float(said["error"]) < 1e-5
-
-
-# --- on a GPU --------------------------------------------------------------------------------
-
-
-def test_gpu_work_counts_operations_as_the_field_does():
-    full, causal = gpu.Work(128, 16384, causal=False), gpu.Work(128, 16384, causal=True)
-    assert (full.batch, full.heads) == (1, 16)
-    assert full.flops(backward=False) == 4 * 16 * 16384**2 * 128
-    assert causal.flops(backward=True) == 2.5 * full.flops(backward=False) / 2
-
-
-def test_gpu_benchmark_says_that_it_needs_a_gpu(capsys):
-    if jax.default_backend() == "gpu":
-        pytest.skip("there is a GPU")
-    assert gpu.main([]) == 1
-    assert "needs an NVIDIA GPU" in capsys.readouterr().out
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """The GPU benchmark's loop on a CPU: one small workload, three implementations."""
-
-    def absent(q, k, v, *, causal):
-        raise NotImplementedError("not here")
-
-    def wrong(q, k, v, *, causal):
-        return 1.5 * gpu._ours("dot", "blocked")(q, k, v, causal=causal)
-
-    named = {"ours": gpu._ours("dot", "blocked"), "wrong": wrong, "absent": absent}
-    monkeypatch.setattr(gpu, "JAX_PEERS", named)
-    monkeypatch.setattr(gpu, "PEERS", tuple(named))
-    monkeypatch.setattr(gpu, "WORK", [gpu.Work(64, 64, causal=True)])
-    monkeypatch.setattr(gpu, "TOKENS", 64)
-    monkeypatch.setattr(gpu, "WIDTH", 128)
-    monkeypatch.setattr(gpu, "ROUNDS", 1)
-    monkeypatch.setattr(gpu, "CALLS", 1)
-
-
-def test_gpu_benchmark_goes_on_where_it_stopped_and_marks_what_is_wrong(tiny, capsys):
-    record, saved = {"rows": []}, []
-    gpu.measure_all(record, lambda: saved.append(len(record["rows"])), deadline=0.0)
-    assert record["rows"] == []
-    assert "Out of time" in capsys.readouterr().out
-    gpu.measure_all(record, lambda: saved.append(len(record["rows"])), deadline=float("inf"))
-    found = {(row["pass"], row["peer"]): row for row in record["rows"]}
-    assert len(found) == 6
-    assert saved[-1] == 6
-    assert found["forward", "absent"]["reason"] == "NotImplementedError: not here"
-    assert found["forward+backward", "ours"]["error"] < 2e-2
-    lines = capsys.readouterr().out.splitlines()
-    assert all(("WRONG" in line) == ("wrong" in line) for line in lines)
-    gpu.measure_all(record, lambda: None, deadline=float("inf"))
-    assert len(record["rows"]) == 6

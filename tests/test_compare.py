@@ -349,7 +349,8 @@ def test_command_line_of_the_module():
 def test_unknown_command_is_one_line_and_code_2(capsys):
     assert __main__.main(["chek"]) == 2
     assert capsys.readouterr().err == (
-        "flash_attention_jax: error: no command 'chek'; there are check, demo, train, explain\n"
+        "flash_attention_jax: error: no command 'chek'; "
+        "there are check, demo, train, bench, explain\n"
     )
 
 
