@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import jax
 
-from flash_attention_jax import _check, _dispatch, _read
+from flash_attention_jax import _check, _dispatch, _partition, _parts, _read
 from flash_attention_jax._call import Call
 from flash_attention_jax._read import Options
 
@@ -16,7 +16,7 @@ from flash_attention_jax._read import Options
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, implementation: str, given: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Run one call; traced once per record."""
-    return _dispatch.engine(implementation)(call, _read.arrays(call, given))
+    return _partition.attend(_parts.of(implementation), call, _read.arrays(call, given))
 
 
 FOREIGN = {

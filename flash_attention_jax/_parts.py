@@ -9,6 +9,7 @@ and the origin of dropout's positions. So every engine computes it, and none kno
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -136,6 +137,8 @@ def sees_any(call: Call, arrays: Arrays) -> jax.Array | None:
 
 # --- who computes a part ---
 
+KERNELS = ("hopper", "triton")
+
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -147,31 +150,65 @@ class Engine:
         gradients: (call, floats, others, (out, lse), (dout, dlse)) -> the gradients' shares of the
             part where results and cotangents are those of the whole; None = JAX differentiates
             `attend`.
+        normalised: Whether both take q and k as the product wants them.
     """
 
     name: str
     attend: Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
     gradients: Callable[..., Blocks] | None = None
+    normalised: bool = False
+
+    def run(self, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        """A call that is no part."""
+        return _dispatch.engine(self.name)(call, arrays)
 
 
-BLOCKED = Engine("blocked", _blocked.unrounded, _blocked.gradients)
+BLOCKED = Engine("blocked", _blocked.unrounded, _blocked.gradients, normalised=True)
+
+
+@functools.cache
+def of(name: str) -> Engine:
+    """The engine of an implementation; those of kernels compute a part again in its backward."""
+    if name == "blocked":
+        return BLOCKED
+    attend = _dispatch.engine(name)
+    return Engine(name, attend, _recomputing(attend) if name in KERNELS else None)
+
+
+def _recomputing(attend: Callable[[Call, Arrays], Any]) -> Callable[..., Blocks]:
+    """The gradients of a part by an engine's own derivative, for results of the whole.
+
+    With w = exp(lse_part - lse), out = sum of w * out_part over the parts, so
+    dout_part = w * dout and dlse_part = w * (dlse + rowsum((out_part - out) * dout)).
+    """
+
+    def gradients(call: Call, floats: Blocks, others: Blocks, results: Any, ct: Any) -> Blocks:
+        (out, lse), (dout, dlse) = results, ct
+        (part, part_lse), pull = jax.vjp(lambda x: attend(call, Arrays(**x, **others)), floats)
+        wide = part_lse.dtype
+        saw = part_lse > -jnp.inf
+        zero = jnp.zeros((), wide)
+        weight = jnp.where(saw, jnp.exp(jnp.where(saw, part_lse - lse, zero)), zero)
+        apart = ((part.astype(wide) - out.astype(wide)) * dout.astype(wide)).sum(axis=-1)
+        dout = (weight[..., None] * dout.astype(wide)).astype(part.dtype)
+        (found,) = pull((dout, weight * (dlse + apart)))
+        return {name: x.astype(call.acc_dtype) for name, x in found.items()}
+
+    return gradients
 
 
 def choose(call: Call, name: str | None) -> Engine:
     """The engine for the parts of a call.
 
     Raises:
-        NotImplementedError: If the one named declines, or takes no parts.
+        NotImplementedError: If the one named declines, or takes no such parts.
     """
-    if name is None:
-        name = "checkpointed" if call.differentiation == "any" else "blocked"
-    elif name in KERNELS:
-        _decline(name, "it does not compute parts of a sequence yet")
-    chosen = _dispatch.choose(call, name)
-    return BLOCKED if chosen.name == "blocked" else Engine(name, _dispatch.engine(name))
-
-
-KERNELS = ("hopper", "triton")
+    terms = tuple(term for term in call.terms if term[0] != "sinks")
+    if (call.banded or call.has("alibi_slopes")) and not call.has("q_offset"):
+        terms += (("q_offset", (1, 1), "int32"),)
+    if call.dropout_rate:
+        terms += (("dropout_origin", (5,), "int32"),)
+    return of(choose_whole(dataclasses.replace(call, terms=terms), name))
 
 
 def choose_whole(call: Call, name: str | None) -> str:

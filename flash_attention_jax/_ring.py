@@ -170,11 +170,12 @@ def attend(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         The device's out and lse.
     """
     device = lax.axis_index(ring.axis)
+    if ring.engine.normalised:
+        arrays = normalised(ring.call, arrays)
+    arrays, _ = unified((arrays, device))
     if ring.engine.gradients is None:
-        arrays, _ = unified((arrays, device))
         out, lse = _walk(ring, arrays)
     else:
-        arrays, _ = unified((normalised(ring.call, arrays), device))
         out, lse = _attend(ring, *_blocked.split(arrays))
     return out.astype(ring.call.dtype), lse
 
@@ -344,7 +345,7 @@ def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Block
         home = jax.tree.map(jnp.add, home, received)
     found = still | home
     if sinks is not None:
-        found |= gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
+        found |= _blocked.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
     return {name: found[name].astype(x.dtype) for name, x in floats.items()}, None
 
 

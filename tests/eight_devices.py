@@ -295,3 +295,79 @@ def test_collectives_are_those_that_the_formula_says(way, options, heads):
     assert collectives(attend, q, k, v) == said.forward
     out, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
     assert collectives(lambda pull, dout: pull(dout), pull, out) == said.backward
+
+
+# --- batch and heads, without any of this ---
+
+
+def lying(where, length):
+    """Shapes of every array of a call, batch over `data` and heads over `model`."""
+    named, static = everything(length)
+    places = {
+        "k": ("data", "model"),
+        "v": ("data", "model"),
+        "mask": ("data",),
+        "relative_bias": ("model",),
+        "dropout_key": (),
+    }
+    places |= dict.fromkeys(("q", "bias"), ("data", "model"))
+    places |= dict.fromkeys(("scale", "sinks", "alibi_slopes"), ("model",))
+    return {
+        name: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=NamedSharding(where, PartitionSpec(*places.get(name, ("data",)))),
+        )
+        for name, x in named.items()
+    }, static
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_sharded_batch_and_heads_need_no_collective(explicit):
+    named, static = lying(mesh(explicit, data=2, model=2), 2048)  # where blocks are cut
+    # A gradient of what all batches share is a sum over them, so not of these.
+    moving = {name: named.pop(name) for name in ("q", "k", "v", "bias")}
+
+    def attend(moving, named):
+        return flash_attention(**moving, **named, **static)
+
+    def gradients(moving, named, dout):
+        return jax.vjp(lambda moving: attend(moving, named), moving)[1](dout)[0]
+
+    q, v = moving["q"], moving["v"]
+    dout = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype, sharding=q.sharding)
+    assert collectives(attend, moving, named) == {}
+    assert collectives(gradients, moving, named, dout) == {}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_sharded_batch_and_heads_give_what_one_device_gives(explicit):
+    shapes, static = lying(mesh(explicit, data=2, model=2), T)
+    named, _ = everything()
+    placed = {name: jax.device_put(x, shapes[name].sharding) for name, x in named.items()}
+    dout = normal(B, H, T, D + 1)
+
+    @jax.jit
+    def found(named, dout):
+        floats = {name: x for name, x in named.items() if x.dtype == np.float64}
+        others = {name: x for name, x in named.items() if name not in floats}
+        out, pull = jax.vjp(lambda floats: flash_attention(**floats, **others, **static), floats)
+        return {"out": out} | pull(dout)[0]
+
+    placed_dout = jax.device_put(dout, shapes["q"].sharding)
+    agree(found(placed, placed_dout), found(named, dout))
+
+
+@pytest.mark.parametrize(("axis", "what"), [(2, "length"), (3, "dimension")])
+def test_length_or_dimension_that_is_cut_is_refused(axis, what):
+    where = mesh(explicit=True, context=4)
+    spec = PartitionSpec(*[None] * axis, "context")
+    x = jax.device_put(np.zeros((1, 2, 8, 4)), NamedSharding(where, spec))
+    with pytest.raises(
+        ValueError, match=f"`q` must not be sharded along its {what}, got"
+    ) as raised:
+        jax.jit(flash_attention)(x, x, x)
+    assert "context_parallel_attention" in str(raised.value)
+    x = jax.device_put(np.zeros((1, 2, 8, 4)), NamedSharding(mesh(context=4), spec))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"sharded along its {what}"):
+        jax.jit(flash_attention)(x, x, x)

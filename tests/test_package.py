@@ -23,6 +23,7 @@ LAYERS = [
     ["_masks", "_dropout", "_check", "_logits", "_online", "_similarity", "_tiles"],
     ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
     ["_dispatch"],
+    ["_parts", "_partition"],
     ["_read", "_front"],
     ["_attention", "_cosine", "_plain", "_explain", "_merge"],
 ]

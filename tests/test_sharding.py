@@ -221,11 +221,11 @@ BAD = {
         "`context_parallel` must be one of 'auto', 'ring', 'ulysses', 'ring+ulysses', got "
         "'ulises'. Did you mean 'ulysses'?",
     ),
-    "kernel that takes no parts": (
+    "kernel that is for another device": (
         lambda: inside(ring_attention, Q, Q, Q, axis_name="context", implementation="hopper"),
         NotImplementedError,
-        "implementation='hopper' declines this call: it does not compute parts of a sequence yet. "
-        "Use implementation=None to let the library choose.",
+        "implementation='hopper' declines this call: it runs on NVIDIA Hopper GPUs, and this is "
+        "traced for cpu. Use implementation=None to let the library choose.",
     ),
     "unknown order": (
         lambda: shard_positions(4, axis_name="context", order="zig"),
