@@ -72,12 +72,17 @@ def merge_attention(*parts: tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
     outs = [jnp.asarray(out) for out, _ in parts]
     lses = [jnp.asarray(lse) for _, lse in parts]
     wide = functools.reduce(np.promote_types, (x.dtype for x in lses), np.dtype(np.float32))
-    stacked = jnp.stack([x.astype(wide) for x in lses])
-    none = (stacked == -jnp.inf).all(axis=0)
-    safe = jnp.where(none, jnp.zeros((), wide), stacked)
-    lse = jnp.where(none, jnp.full((), -jnp.inf, wide), jax.nn.logsumexp(safe, axis=0))
-    weights = jnp.where(
-        none, jnp.zeros((), wide), jnp.exp(safe - jnp.where(none, jnp.zeros((), wide), lse))
+    out, lse = merge_stacked(
+        jnp.stack([x.astype(wide) for x in outs]), jnp.stack([x.astype(wide) for x in lses])
     )
-    out = sum(w[..., None] * x.astype(wide) for w, x in zip(weights, outs, strict=True))
-    return jnp.asarray(out).astype(outs[0].dtype), lse
+    return out.astype(outs[0].dtype), lse
+
+
+def merge_stacked(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Merge parts along the first axis: outs (parts, ..., e) and lses (parts, ...), one dtype."""
+    zero = jnp.zeros((), lses.dtype)
+    none = (lses == -jnp.inf).all(axis=0)
+    safe = jnp.where(none, zero, lses)
+    lse = jnp.where(none, jnp.full((), -jnp.inf, lses.dtype), jax.nn.logsumexp(safe, axis=0))
+    weights = jnp.where(none, zero, jnp.exp(safe - jnp.where(none, zero, lse)))
+    return (weights[..., None] * outs).sum(axis=0), lse

@@ -4,7 +4,8 @@
     shared memory     = 2 bytes * (warpgroups * 64 * dims held + stages * inner * dims streamed)
 
 The table holds what compiles for sm_90a without a spill, but for a few bytes in dk at 256
-dimensions (`compile.py` says where); nothing in it has been timed yet.
+dimensions (`compile.py` says where); nothing in it has been timed yet. What `tune` measured on the
+GPU at hand and stored comes before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 from typing import Literal
 
 from flash_attention_jax._call import Call
+from flash_attention_jax.kernels import stored
 
 ROWS = 64
 """Rows that one warpgroup holds: the height of a wgmma instruction."""
@@ -20,13 +22,22 @@ ROWS = 64
 COLUMNS = 64
 """Head dimensions are padded to a multiple of this: one row of 128 bytes, the swizzle of a tile."""
 
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100 or H200: how many programs run at once, at least."""
+
+SHARED_MEMORY = 226 * 1024
+"""Bytes of tiles that a program may have: of 227 KiB one is left for barriers and vectors."""
+
 LARGEST_DIM = 256
 """The most columns that a wgmma has."""
 
 LARGEST_FUSED_DIM = 128
 """Up to this dk and dv are summed by one warpgroup at once: 64 rows of both fit into registers."""
 
-Pass = Literal["forward", "dq", "dkv", "dbias"]
+REGISTERS = {1: (256, 40), 2: (240, 24), 3: (160, 24)}
+"""Per thread of a computing and of the loading warpgroup, by how many compute: 504 at most."""
+
+Pass = Literal["forward", "decode", "dq", "dkv", "dbias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +61,8 @@ class Tiles:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers per thread of a computing and of the loading warpgroup; 504 in all at most."""
-        return {1: (256, 40), 2: (240, 24), 3: (160, 24)}[self.warpgroups]
+        """Registers per thread of a computing and of the loading warpgroup."""
+        return REGISTERS[self.warpgroups]
 
 
 # By the larger padded dimension of (q and k, v).
@@ -61,6 +72,12 @@ TABLE: dict[Pass, dict[int, Tiles]] = {
         128: Tiles(2, 128, 2),
         192: Tiles(2, 64, 2),
         256: Tiles(2, 64, 2),
+    },
+    "decode": {
+        64: Tiles(1, 128, 4),
+        128: Tiles(1, 128, 3),
+        192: Tiles(1, 64, 4),
+        256: Tiles(1, 64, 2),
     },
     "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
     "dkv": {64: Tiles(2, 64, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
@@ -78,12 +95,42 @@ def padded(dim: int) -> int:
     return -(-dim // COLUMNS) * COLUMNS
 
 
+def shared_memory(kernel: Pass, dim: int, tiles: Tiles) -> int:
+    """Bytes that the tiles of a kernel take, for 16-bit arrays of one padded dimension."""
+    streamed = 2 * tiles.inner
+    if kernel == "dbias":
+        return 2 * dim * tiles.stages * (2 * tiles.outer + streamed)
+    held = tiles.outer * (1 if kernel in ("forward", "decode") else 2)
+    return 2 * dim * (held + tiles.stages * streamed)
+
+
 def tiles(call: Call, kernel: Pass) -> Tiles:
-    """The tiles of one kernel for a call."""
+    """The tiles of one kernel for a call: measured ones where there are any, else the table's."""
     dim = max(padded(call.dim), padded(call.v_dim))
     if kernel == "dkv" and dim == 128 and _busy(call):
         return Tiles(2, 32, 4)
+    if not call.interpret:
+        name = stored.key("hopper", kernel, dim, banded=call.banded, dtype=call.dtype)
+        found = stored.lookup(name, ("warpgroups", "inner", "stages"))
+        reason = None if found is None else _unusable(kernel, dim, found)
+        if reason is not None:
+            stored.warn(f"its entry {name!r} {reason}")
+        elif found is not None:
+            return Tiles(**found)
     return TABLE[kernel][dim]
+
+
+def _unusable(kernel: Pass, dim: int, entry: stored.Entry) -> str | None:
+    """What is wrong with stored tiles, or None."""
+    tiles = Tiles(**entry)
+    if tiles.warpgroups not in REGISTERS:
+        return f"is {entry}, and has 1, 2 or 3 warpgroups"
+    if tiles.inner % 32:
+        return f"is {entry}, and `inner` must be a multiple of 32"
+    size = shared_memory(kernel, dim, tiles)
+    if size > SHARED_MEMORY:
+        return f"is {entry}: {size // 1024} of {SHARED_MEMORY // 1024} KiB of shared memory"
+    return None
 
 
 def _busy(call: Call) -> bool:

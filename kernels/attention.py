@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax.kernels import hopper_backward, hopper_bias, hopper_forward, join
+from flash_attention_jax.kernels import (
+    hopper_backward,
+    hopper_bias,
+    hopper_decode,
+    hopper_forward,
+    join,
+)
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels._config import LARGEST_FUSED_DIM, padded, tiles
 from flash_attention_jax.kernels._support import interpreter
@@ -21,6 +27,10 @@ def attend(reference: Reference, call: Call, arrays: Arrays) -> tuple[jax.Array,
 
 def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     call = problem.call
+    count = hopper_decode.parts(call)
+    if count is not None:
+        out, lse = hopper_decode.forward(call, arrays, problem.factor, count)
+        return out, lse if call.layout == "heads_first" else lse.swapaxes(1, 2)
     sizes = tiles(call, "forward")
     keys = ops.keys_that_are_seen(call, arrays)
     given = {
@@ -73,15 +83,12 @@ def _of_q_k_v(
         return given | terms
 
     sizes = over_keys
+    walked = common(sizes.outer, sizes.inner)
+    walked |= ops.routes(call, arrays, sizes.outer, sizes.inner, over_keys=True)
     found = hopper_backward.query_gradient(
-        call,
-        common(sizes.outer, sizes.inner)
-        | ops.routes(call, arrays, sizes.outer, sizes.inner, over_keys=True),
-        sizes,
-        problem.factor,
-        gradient_dtype,
-        interpret=interpret,
+        call, walked, sizes, problem.factor, gradient_dtype, interpret=interpret
     )
+    found |= hopper_backward.query_shares(call, walked, sizes, problem.factor, interpret=interpret)
     sizes = over_queries
     walked = common(sizes.inner, sizes.outer, keys_first=True)
     walked |= ops.routes(call, arrays, sizes.inner, sizes.outer, over_keys=False)

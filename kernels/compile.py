@@ -76,6 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ragged gqa": {"causal": True, "length": LENGTH - 7, "kv_heads": 2},
     "dropout": {"causal": True, "dropout_rate": 0.1},
     "segments": {"causal": True, "segments": True},
+    "decode": {"queries": 1, "kv_heads": 2},
     "alibi sinks": {"causal": True, "alibi": True},
     "scale per head": {"causal": True, "scale_per_head": True},
     "bias": {"bias": True},
@@ -159,7 +160,7 @@ def _rows(name: str, dim: int, dump: str) -> list[Row]:
                 short = kernel.removesuffix("_mosaic_gpu_kernel").removeprefix("hopper_")
                 found = {"registers": registers, "spilled": spilled}
                 rows.append(Row(name, dim, short, seconds, **found))
-    missing = {"forward", "dq"} - {row.kernel.removesuffix("_dslopes") for row in rows}
+    missing = {"forward", "dq"} - {row.kernel for row in rows}
     return rows + [Row(name, dim, kernel, 0.0, error="was not built") for kernel in sorted(missing)]
 
 
@@ -167,6 +168,7 @@ def compile_case(
     dim: int,
     *,
     length: int = LENGTH,
+    queries: int | None = None,
     kv_heads: int = 8,
     segments: bool = False,
     alibi: bool = False,
@@ -180,7 +182,8 @@ def compile_case(
 
     Args:
         dim: Head dimension.
-        length: Queries and keys.
+        length: Keys.
+        queries: Queries; as many as keys without it.
         kv_heads: Key heads, of 8 query heads.
         segments: Whether there are segment ids.
         alibi: Whether there are ALiBi slopes, and sinks.
@@ -198,7 +201,7 @@ def compile_case(
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     arrays = {
-        "q": shape(1, length, 8, dim),
+        "q": shape(1, queries or length, 8, dim),
         "k": shape(1, length, kv_heads, dim),
         "v": shape(1, length, kv_heads, dim),
     }

@@ -125,26 +125,72 @@ def query_gradient(
         interpret: Parameters of the interpreter, None = compile.
 
     Returns:
-        `dq` in the call's layout, padded to whole blocks; and (B, N, T padded) where the call has
-        them the share of each query in the gradients of ALiBi's `dslopes`, of `dscale`, and of a
-        bias that is the same for all keys, `dbias_of_queries`. `dp`, the mean of the gradient of
-        the probabilities, and the weights of the shares are for `join`, which corrects the first
-        two by them.
+        `dq` in the call's layout, padded to whole blocks.
     """
-    blocks = plan(call, tiles.outer, tiles.inner)
-    length = blocks.queries.count * tiles.outer
+    length = plan(call, tiles.outer, tiles.inner).queries.count * tiles.outer
     sizes = call.sizes() | {"i": length, "d": padded(call.dim)}
     shape = tuple(sizes[letter] for letter in ROLES["q"][call.layout])
     outputs = {"dq": jax.ShapeDtypeStruct(shape, dtype)}
+    return _over_keys("hopper_dq", call, operands, tiles, factor, outputs, interpret)
+
+
+def query_shares(
+    call: Call, operands: Operands, tiles: Tiles, factor: float, *, interpret: Any = None
+) -> dict[str, jax.Array]:
+    """Shares of each query in the gradients of numbers that stand for all keys.
+
+    A kernel of its own, so that the compiler drops it where the slopes or the scale are constants;
+    beside dq it would not fit into the registers.
+
+    Args:
+        call: The call.
+        operands: As in `query_gradient`.
+        tiles: Sizes of the tiles.
+        factor: As in `query_gradient`.
+        interpret: Parameters of the interpreter, None = compile.
+
+    Returns:
+        (B, N, T padded) each, and nothing where the call has no such number: the shares `dslopes`
+        of ALiBi, `dscale`, and `dbias_of_queries` of a bias that is the same for all keys. `dp`,
+        the mean of the gradient of the probabilities, and the weights of the first two are for
+        `join`, which corrects them.
+    """
+    names = [
+        name
+        for term in ("slopes", "scale")
+        if term in operands
+        for name in (f"d{term}", f"d{term}_weight")
+    ]
+    names = ["dp", *names] if names else []
+    bias = call.shape_of("bias")
+    if bias is not None and bias[3] == 1:
+        names.append("dbias_of_queries")
+    length = plan(call, tiles.outer, tiles.inner).queries.count * tiles.outer
     rows = jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32)
-    outputs |= dict.fromkeys(_shares(call, operands), rows)
-    grid = (call.heads, blocks.queries.count, call.batch)
+    outputs = dict.fromkeys(names, rows)
+    if not outputs:
+        return {}
+    return _over_keys("hopper_shares", call, operands, tiles, factor, outputs, interpret)
+
+
+def _over_keys(
+    name: str,
+    call: Call,
+    operands: Operands,
+    tiles: Tiles,
+    factor: float,
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """Launch programs that own queries."""
+    blocks = plan(call, tiles.outer, tiles.inner)
     return launch(
+        name,
         lambda refs, *scoped: _query_program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         outputs,
         _buffers(call, tiles, staged=interpret is not None),
-        grid,
+        (call.heads, blocks.queries.count, call.batch),
         tiles,
         interpret,
     )
@@ -198,47 +244,37 @@ def _sum_over_keys(
         k, v = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
         plgpu.barrier_wait(buffers.d_ready.at[slot])
         s = product(q, k.transpose((1, 0)), grid.shape)
-        plgpu.barrier_wait(buffers.e_ready.at[slot])
-        dp = product(dout, v.transpose((1, 0)), grid.shape)
-        plgpu.barrier_arrive(buffers.e_free.at[slot])
         first = route.block(n) * tiles.inner
         j = tile.key_positions(call, grid, refs, first, masked=masked)
         keys = tile.key_vectors(grid, refs, b, first) if masked else None
         at = b, h, start, first
         x, derivative = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
         p = jnp.exp2(x - grid.spread(lse2, 0))
+        plgpu.barrier_wait(buffers.e_ready.at[slot])
+        dp = product(dout, v.transpose((1, 0)), grid.shape)
+        plgpu.barrier_arrive(buffers.e_free.at[slot])
         dp = dropped(call, grid, queries, j, dp)
         ds = logit_gradient(grid, p, dp, delta, derivative)
         dq, sums = carry
         sums = _add_shares(grid, sums, queries, j, s, (p, dp, ds, derivative))
-        dq = add_product(dq, ds.astype(k.dtype), k, staged)
+        dq = None if dq is None else add_product(dq, ds.astype(k.dtype), k, staged)
         plgpu.barrier_arrive(buffers.d_free.at[slot])
         return dq, sums
 
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
-    dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
+    dq = None
+    if "dq" in refs:
+        dq = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.dim)), jnp.float32), WGMMA)
     dq, sums = walk(route, step, (dq, {name: zero for name in SHARES if name in refs}))
-    gradient = refs["scale"][h] if "scale" in refs else np.float32(factor / LOG2E)
-    _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * gradient, q)
+    if dq is not None:
+        gradient = refs["scale"][h] if "scale" in refs else np.float32(factor / LOG2E)
+        _store(refs["dq"], tile.row_index(call, "q", b, h, rows), dq * gradient, q)
     for name, total in sums.items():
         refs[name][b, h, rows] = total
 
 
 SHARES = ("dp", "dslopes", "dslopes_weight", "dscale", "dscale_weight", "dbias_of_queries")
-"""Sums over the keys of each query, beside dq: see `query_gradient`."""
-
-
-def _shares(call: Call, operands: Operands) -> list[str]:
-    """Which of them a call needs."""
-    found = [
-        name
-        for term in ("slopes", "scale")
-        if term in operands
-        for name in (f"d{term}", f"d{term}_weight")
-    ]
-    found = ["dp", *found] if found else []
-    bias = call.shape_of("bias")
-    return [*found, "dbias_of_queries"] if bias is not None and bias[3] == 1 else found
+"""Sums over the keys of each query: see `query_shares`."""
 
 
 def _add_shares(
@@ -297,6 +333,7 @@ def key_gradients(
         outputs["dbias_of_keys"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     grid = (call.kv_heads, blocks.keys.count, call.batch)
     return launch(
+        "hopper_" + "_".join(dtypes),
         lambda refs, *scoped: _key_program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         outputs,

@@ -69,6 +69,7 @@ def bias_gradient(
     count = blocks.queries.count, blocks.keys.count
     shape = (batch, heads, count[0] * tiles.outer, count[1] * tiles.inner)
     found = launch(
+        "hopper_dbias",
         lambda refs, *scoped: _program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         {"dbias": jax.ShapeDtypeStruct(shape, dtype)},

@@ -80,6 +80,7 @@ def forward(
     sizes = call.sizes() | {"i": length, "e": padded(call.v_dim)}
     shape = tuple(sizes[letter] for letter in ROLES["out"][call.layout])
     found = launch(
+        "hopper_forward",
         lambda refs, *scoped: _program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         {

@@ -22,6 +22,7 @@ GRID = ("head", "block", "batch")
 
 
 def launch(
+    name: str,
     program: Callable[..., None],
     operands: Operands,
     outputs: dict[str, jax.ShapeDtypeStruct],
@@ -35,6 +36,7 @@ def launch(
     Inside it Python integers have 32 bits, whatever JAX makes of them outside.
 
     Args:
+        name: What profiles and compilers' reports call it.
         program: program(references by name, *scratch): what each warpgroup runs.
         operands: What it reads, by name.
         outputs: What it writes, by name.
@@ -52,9 +54,7 @@ def launch(
         named = dict(zip(names, refs, strict=True))
         pl.run_scoped(functools.partial(program, named), *scratch, collective_axes="warpgroup")
 
-    # For profiles and compilers' reports.
-    kind = "forward" if "out" in outputs else "_".join(outputs)
-    entry.__name__ = entry.__qualname__ = f"hopper_{kind}"
+    entry.__name__ = entry.__qualname__ = name
     kernel = plgpu.kernel(
         entry,
         out_type=list(outputs.values()),

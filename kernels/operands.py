@@ -96,7 +96,7 @@ def queries_that_see(call: Call, arrays: Arrays) -> jax.Array | None:
     """Which queries may see a key, (B | 1, N | 1, T); None where all may."""
     if not masked(call):
         return None
-    if not _masks_keys_alone(call):
+    if not masks_keys_alone(call):
         return _visible(call, arrays).any(axis=3)
     with once(call, arrays, call.q_len):
         low, high = _masks.key_ranges(call, arrays)
@@ -107,7 +107,7 @@ def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
     """Which keys some query may see, (B | 1, K | 1, S); None where all are."""
     if not masked(call):
         return None
-    if not _masks_keys_alone(call):
+    if not masks_keys_alone(call):
         seen = _visible(call, arrays).any(axis=2)
         if seen.shape[1] == 1:
             return seen
@@ -126,7 +126,7 @@ def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
         return _unless_all(seen)
 
 
-def _masks_keys_alone(call: Call) -> bool:
+def masks_keys_alone(call: Call) -> bool:
     """Whether the user's mask, if any, is one of keys: the same for every head and query."""
     mask = call.shape_of("mask")
     return mask is None or mask[1:3] == (1, 1)
@@ -181,7 +181,7 @@ def terms(
     if arrays.q_segment_ids is not None:
         found["q_segments"] = pad_axis(arrays.q_segment_ids, 1, q_multiple)
         found["kv_segments"] = pad_axis(arrays.kv_segment_ids, 1, kv_multiple)
-    if arrays.mask is not None and _masks_keys_alone(call):
+    if arrays.mask is not None and masks_keys_alone(call):
         kept = jnp.broadcast_to(arrays.mask[:, 0, 0], (arrays.mask.shape[0], call.k_len))
         found["kept"] = pad_axis(kept.astype(jnp.int32), 1, kv_multiple)
     elif arrays.mask is not None:

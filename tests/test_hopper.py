@@ -18,7 +18,7 @@ import flash_attention_jax
 from flash_attention_jax import _blocked, _masks, _read, explain, flash_attention
 from flash_attention_jax._subject import difference
 from flash_attention_jax._tiles import Tile
-from flash_attention_jax.kernels import _config, _support, attention, operands
+from flash_attention_jax.kernels import _config, _support, attention, hopper_decode, operands
 from flash_attention_jax.testing import CLAIMS, Subject, check
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,13 @@ def _x64_off():
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
+
+
+HOPPER = {"platform": "gpu", "capability": (9, 0)}
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 # --- conformance ---
@@ -231,6 +238,70 @@ def test_terms_of_pairs_agree_with_the_formula_over_several_blocks(case, interpr
         assert error <= 2 * allowed + 2.0**-8 * np.abs(want).max(), (name, error, allowed)
 
 
+DECODED = {
+    "one query": {},
+    "three causal queries, heads last": {"n": 3, "is_causal": True, "heads_last": True},
+    "window": {"n": 2, "causal": True, "window": (300, None)},
+    "lengths and sinks": {
+        "kv_lengths": np.array([0, 333], np.int32),
+        "sinks": np.ones(4, np.float32),
+    },
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if "window" in case else pytest.mark.slow) for case in DECODED],
+)
+def test_keys_split_among_programs_give_what_whole_keys_give(case, interpreted):
+    options = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in DECODED[case].items()
+    }
+    n, heads_last = options.pop("n", 1), options.pop("heads_last", False)
+    shapes = ((2, 4, n, 16), (2, 2, 700, 16), (2, 2, 700, 16), (2, 4, n, 16))
+    keys = jax.random.split(jax.random.key(2), 4)
+    given = [jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True)]
+    if heads_last:
+        given = [x.swapaxes(1, 2) for x in given]
+
+    def run(implementation, dtype):
+        def function(q, k, v, return_lse):
+            how = {"implementation": implementation, **options}
+            if heads_last:
+                return flash_attention_jax.dot_product_attention(
+                    q, k, v, return_residual=return_lse, **how
+                )
+            return flash_attention(q, k, v, return_lse=return_lse, **how)
+
+        return gradients(function, *(x.astype(dtype) for x in given))
+
+    exact, plain = run("dense", jnp.float32), run("dense", jnp.bfloat16)
+    for name, found in run("hopper", jnp.bfloat16).items():
+        want = np.asarray(exact[name])
+        error, allowed = (difference(np.asarray(x, np.float32), want) for x in (found, plain[name]))
+        largest = np.abs(np.where(np.isfinite(want), want, 0)).max()
+        assert error <= 2 * allowed + 2.0**-8 * largest, (name, error, allowed)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "count"),
+    [
+        ((1, 32, 1, 128), (1, 8, 65536, 128), {}, 32),  # enough programs for two waves
+        ((64, 32, 1, 128), (64, 8, 65536, 128), {}, 1),  # enough without: grouped rows alone
+        ((64, 8, 1, 128), (64, 8, 65536, 128), {}, None),
+        ((1, 32, 1, 128), (1, 8, 256, 128), {}, None),  # too few keys to split
+        ((1, 8, 4096, 128), (1, 8, 4096, 128), {}, None),
+        ((1, 32, 1, 128), (1, 8, 65536, 128), {"alibi_slopes": (32,)}, None),
+    ],
+)
+def test_few_queries_against_many_keys_are_split(q, k, options, count):
+    options = {name: shape(*sizes, dtype=jnp.float32) for name, sizes in options.items()}
+    reading = _read.read(shape(*q), shape(*k), shape(*k), None, options, **HOPPER)
+    assert hopper_decode.parts(reading.call) == count
+
+
 @needs_interpreter
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_results_and_gradients_have_the_dtypes_of_their_arguments(dtype, interpreted):
@@ -372,12 +443,6 @@ def test_keys_are_seen_only_by_their_own_segment():
 
 # --- choice ---
 
-HOPPER = {"platform": "gpu", "capability": (9, 0)}
-
-
-def shape(*sizes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
 
 @pytest.mark.parametrize("dim", [8, 64, 80, 128, 256])
 def test_hopper_is_chosen_on_a_hopper(dim):
@@ -448,8 +513,7 @@ def test_tiles_fit_into_shared_memory_and_registers():
         for dim, tiles in by_dim.items():
             compute, load = tiles.registers
             assert tiles.warpgroups * compute + load <= 512, (kernel, dim)
-            rows = tiles.outer * (1 if kernel == "forward" else 2)
-            assert 2 * dim * (rows + 2 * tiles.stages * tiles.inner) <= 227 * 1024, (kernel, dim)
+            assert _config.shared_memory(kernel, dim, tiles) <= _config.SHARED_MEMORY, (kernel, dim)
 
 
 # --- lowering and compiling without a GPU ---
