@@ -245,10 +245,8 @@ def _sum_over_keys(
         plgpu.barrier_wait(buffers.d_ready.at[slot])
         s = product(q, k.transpose((1, 0)), grid.shape)
         first = route.block(n) * tiles.inner
-        j = tile.key_positions(call, grid, refs, first, masked=masked)
-        keys = tile.key_vectors(grid, refs, b, first) if masked else None
         at = b, h, start, first
-        x, derivative = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
+        x, derivative, j = tile.logits2(call, grid, refs, at, terms, queries, s, masked=masked)
         p = jnp.exp2(x - grid.spread(lse2, 0))
         plgpu.barrier_wait(buffers.e_ready.at[slot])
         dp = product(dout, v.transpose((1, 0)), grid.shape)
@@ -404,10 +402,18 @@ def _sum_over_queries(
             q, dout = buffers.ring_d.at[slot], buffers.ring_e.at[slot]
             plgpu.barrier_wait(buffers.d_ready.at[slot])
             s = product(k, q.transpose((1, 0)), grid.shape)
-            j = tile.key_positions(call, grid, refs, start, masked=masked)
-            seen = keys if masked else None
             at = b, h, start, first
-            x, derivative = tile.logits2(call, grid, refs, at, terms, queries, seen, j, s)
+            x, derivative, j = tile.logits2(
+                call,
+                grid,
+                refs,
+                at,
+                terms,
+                queries,
+                s,
+                masked=masked,
+                keys=keys if masked else None,
+            )
             # Read late, when what the mask needed is done with: a vector along the columns takes
             # as many registers as a quarter of the tile.
             lse2 = grid.load(refs["lse2"].at[b, h], first, 1)

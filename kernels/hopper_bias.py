@@ -176,10 +176,8 @@ def _sum(
             s = product(buffers.q.at[slot, warpgroup], k.transpose((1, 0)), grid.shape)
             dp = product(buffers.dout.at[slot, warpgroup], v.transpose((1, 0)), grid.shape)
             plgpu.barrier_arrive(buffers.free.at[slot])
-            j = tile.key_positions(call, grid, refs, place.j, masked=masked)
-            keys = tile.key_vectors(grid, refs, b, place.j) if masked else None
             at = b, h, start, place.j
-            x, derivative = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
+            x, derivative, j = tile.logits2(call, grid, refs, at, terms, queries, s, masked=masked)
             p = jnp.exp2(x - grid.spread(grid.load(refs["lse2"].at[b, h], start, 0), 0))
             dp = dropped(call, grid, queries, j, dp)
             delta = grid.load(refs["delta"].at[b, h], start, 0)

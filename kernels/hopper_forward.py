@@ -166,10 +166,8 @@ def _attend(
         s = product(q, buffers.k.at[slot].transpose((1, 0)), grid.shape, take_turn)
         plgpu.barrier_arrive(buffers.k_free.at[slot])
         first = route.block(n) * tiles.inner
-        j = tile.key_positions(call, grid, refs, first, masked=masked)
-        keys = tile.key_vectors(grid, refs, b, first) if masked else None
         at = b, h, start, first
-        x, _ = tile.logits2(call, grid, refs, at, terms, queries, keys, j, s)
+        x, _, j = tile.logits2(call, grid, refs, at, terms, queries, s, masked=masked)
         p, carry = _accumulate(grid, x, carry, running=running, masked=masked)
         if call.dropout_rate:
             p = jnp.where(tile.kept(call, grid, queries, j), p, np.float32(0))

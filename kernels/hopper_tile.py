@@ -149,14 +149,6 @@ def head_terms(refs: Refs, factor: float, h: Any) -> tuple[Any, Any]:
     return scale, refs["slopes"][h] if "slopes" in refs else None
 
 
-def key_positions(
-    call: Call, grid: Grid, refs: Refs, start: Any, *, masked: bool
-) -> jax.Array | None:
-    """Positions of the keys, where anything asks for them."""
-    asked = masked or "slopes" in refs or call.dropout_rate > 0
-    return grid.positions(start, 1 - grid.queries) if asked else None
-
-
 def visible(grid: Grid, queries: Vectors, keys: Vectors, j: Any, mask: Any = None) -> jax.Array:
     """Which elements of the tile may be seen; `mask` is the tile's part of a dense one."""
     q, k = grid.queries, 1 - grid.queries
@@ -177,27 +169,37 @@ def logits2(
     place: tuple[Any, Any, Any, Any],
     terms: tuple[Any, Any],
     queries: Vectors,
-    keys: Vectors | None,
-    j: Any,
     product: Any,
-) -> tuple[Any, Any]:
-    """Logits in base 2, and their derivative by factor * product (None = 1).
+    *,
+    masked: bool,
+    keys: Vectors | None = None,
+) -> tuple[Any, Any, Any]:
+    """Logits in base 2, their derivative by factor * product (None = 1), and the keys' positions.
 
     Args:
         call: The call.
         grid: How the tile lies.
         refs: References, by name.
         place: The batch, the head, the first row and the first column of the tile.
-        terms: What makes base-2 logits of the product (the head's own where the scale is an array),
-            and log2(e) times the head's ALiBi slope or None.
+        terms: Of `head_terms`.
         queries: Of `query_vectors`.
-        keys: Of `key_vectors`, None where nothing of the tile is hidden.
-        j: Positions of the keys, or None where nothing needs them.
         product: q . k.
+        masked: Whether anything of the tile may be hidden.
+        keys: Of `key_vectors`, where they were read already.
+
+    Returns:
+        The positions are None where nothing asks for them.
     """
+    start = place[3 - grid.queries]
+    asked = masked or "slopes" in refs or call.dropout_rate > 0
+    j = grid.positions(start, 1 - grid.queries) if asked else None
+    if masked and keys is None:
+        keys = key_vectors(grid, refs, place[0], start)
     factor, slope = terms
 
     def seen() -> Any:
+        if keys is None:
+            return None
         mask = grid.of_pairs(refs["mask"], place) if "mask" in refs else None
         return visible(grid, queries, keys, j, mask)
 
@@ -205,7 +207,7 @@ def logits2(
     if slope is not None:
         distance = jnp.abs(grid.spread(queries["diagonal"], grid.queries) - j)
         x = x - slope * distance.astype(jnp.float32)
-    shown = seen() if "bias" in refs and keys is not None else None
+    shown = seen() if "bias" in refs else None
     if "bias" in refs:
         bias = grid.of_pairs(refs["bias"], place).astype(jnp.float32)
         # What is hidden may be NaN, and the derivative of a softcap would keep it.
@@ -216,9 +218,9 @@ def logits2(
         # tanh by exp2, whose approximation is exact to two units; the one of tanh is 11 bits.
         t = 1.0 - 2.0 / (jnp.exp2(x * float(2.0 * LOG2E / cap)) + 1.0)
         x, derivative = t * cap, 1.0 - t * t
-    if keys is not None:
+    if masked:
         x = jnp.where(seen() if shown is None else shown, x, np.float32(-np.inf))
-    return x, derivative
+    return x, derivative, j
 
 
 def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:
