@@ -65,7 +65,7 @@ def bias_gradient(
         The gradient, its last two axes padded to whole blocks.
     """
     blocks = plan(call, tiles.outer, tiles.inner)
-    batch, heads, _, _ = call.shape_of("bias") or ()
+    batch, heads, _, _ = call.shape_of("bias") or (1, 1, 1, 1)
     count = blocks.queries.count, blocks.keys.count
     shape = (batch, heads, count[0] * tiles.outer, count[1] * tiles.inner)
     found = launch(
@@ -115,7 +115,7 @@ class Place(NamedTuple):
 def _program(call: Call, tiles: Tiles, factor: float, refs: tile.Refs, buffers: Buffers) -> None:
     b, h, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     columns = jnp.int32(plan(call, tiles.outer, tiles.inner).keys.count)
-    batches, heads, _, _ = call.shape_of("bias") or ()
+    batches, heads, _, _ = call.shape_of("bias") or (1, 1, 1, 1)
     place = Place(
         b,
         h,

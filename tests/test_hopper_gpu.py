@@ -1,5 +1,10 @@
 """The Hopper kernels on the chip: real sizes, the same bits each time, memory linear in length."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +70,94 @@ def test_gradients_agree_with_the_formula_in_float32(n, dim, causal, similarity)
         exact = gradients(similarity, *wide, "blocked", causal=causal)
     for name, want in exact.items():
         assert relative_error(found[name], want) < 1e-2, name
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("shape", ["own", "shared by the batch", "of keys"])
+def test_gradient_of_a_bias_agrees_with_the_formula_in_float32(shape, dim):
+    n = 1000
+    q, k, v, dout = arrays(n, dim)
+    sizes = {"own": (2, 4, n, n), "shared by the batch": (1, 4, n, n), "of keys": (2, 4, 1, n)}
+    bias = jax.random.normal(jax.random.key(0), sizes[shape])
+
+    def run(implementation, dtype):
+        def attend(q, k, v, bias):
+            return flash_attention(q, k, v, bias=bias, causal=True, implementation=implementation)
+
+        _, pull = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)), bias)
+        return pull(dout.astype(dtype))
+
+    with jax.default_matmul_precision("highest"):
+        exact = run("blocked", jnp.float32)
+    for name, found, want in zip(
+        ("dq", "dk", "dv", "dbias"), run("hopper", jnp.bfloat16), exact, strict=True
+    ):
+        assert relative_error(found, want) < 1.5e-2, name
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_few_queries_against_many_keys_agree_with_the_formula_in_float32(n, heads_last):
+    keys = jax.random.split(jax.random.key(n), 3)
+    q = jax.random.normal(keys[0], (2, 16, n, 128), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (2, 4, 70001, 128), jnp.bfloat16) for key in keys[1:])
+    lengths = jnp.array([70001, 12345], jnp.int32)
+    want = flash_attention(
+        *(x.astype(jnp.float32) for x in (q, k, v)),
+        kv_lengths=lengths,
+        implementation="blocked",
+        precision="highest",
+    )
+    if heads_last:
+        found = flash_attention_jax.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q, k, v)),
+            key_value_seq_lengths=lengths,
+            implementation="hopper",
+        ).swapaxes(1, 2)
+    else:
+        found = flash_attention(q, k, v, kv_lengths=lengths, implementation="hopper")
+    assert relative_error(found, want) < 1e-2
+
+
+def test_dense_mask_agrees_with_the_formula_in_float32():
+    given = arrays(1000)
+    mask = jax.random.bernoulli(jax.random.key(3), 0.7, (2, 4, 1000, 1000))
+    found = gradients("dot", *given, "hopper", mask=mask)
+    wide = [x.astype(jnp.float32) for x in given]
+    with jax.default_matmul_precision("highest"):
+        exact = gradients("dot", *wide, "blocked", mask=mask)
+    for name, want in exact.items():
+        assert relative_error(found[name], want) < 1e-2, name
+
+
+SANITIZED = """
+import jax, jax.numpy as jnp
+from flash_attention_jax import flash_attention
+q = jnp.ones((1, 2, 333, 72), jnp.bfloat16)
+bias = jnp.ones((2, 333, 333), jnp.float32)
+def loss(q, bias):
+    out = flash_attention(q, q, q, bias=bias, causal=True, implementation="hopper")
+    return out.astype(jnp.float32).sum()
+print(jax.jit(jax.grad(loss, (0, 1)))(q, bias)[0].sum())
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+)
+def test_no_kernel_reads_or_writes_out_of_bounds():
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
+    # Without a pool, so that what lies beyond an array is not another one.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    done = subprocess.run(
+        [*command, "-c", SANITIZED],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 @pytest.mark.parametrize("similarity", FUNCTIONS)
