@@ -24,6 +24,7 @@ from flash_attention_jax._attention_fn import Similarity
 from flash_attention_jax._types import ArrayLike
 from flash_attention_jax.cache import KVCache, cached_attention, init_cache
 from flash_attention_jax.rotary import apply_rotary
+from flash_attention_jax.sharding import Placement
 
 Initializer: TypeAlias = Callable[..., Any]
 """(key, shape, dtype) -> array, as in `jax.nn.initializers`."""
@@ -91,6 +92,8 @@ class AttentionLayer:
         kernel_init: initialiser of the projections, for a shape (features in, features out).
         value_init: initialiser of the projection to values; `None` = kernel_init.
         out_init: initialiser of the output projection; `None` = kernel_init.
+        placement: a mesh and its axes, over which sequences, batch and heads are cut; a cache is
+            read on one device. `None` = as the arrays lie.
 
     References:
         Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, section 3.2.
@@ -131,6 +134,7 @@ class AttentionLayer:
     kernel_init: Initializer = LECUN_NORMAL
     value_init: Initializer | None = None
     out_init: Initializer | None = None
+    placement: Placement | None = None
 
     def __call__(
         self,
@@ -313,7 +317,9 @@ class AttentionLayer:
             query = _rms_norm(query, weights["query_gain"])
             key = _rms_norm(key, weights["key_gain"])
         if self.rotary:
-            positions = options.get("positions")
+            positions: Any = options.get("positions")
+            if positions is None and self.placement is not None and cache is None:
+                positions = self.placement.positions(x.shape[1])
             rotate = functools.partial(
                 apply_rotary,
                 offset=0 if cache is None or positions is not None else cache.lengths,
@@ -326,7 +332,8 @@ class AttentionLayer:
         if cache is None:
             alone, lengths = context is None, options.get("lengths")
             segment_ids = options.get("segment_ids")
-            out = dot_product_attention(
+            attend = dot_product_attention if self.placement is None else self.placement.attend
+            out = attend(
                 query,
                 key,
                 value,

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):
     from tqdm import tqdm
 
     from flash_attention_jax import _saving
+    from flash_attention_jax._fleet import Fleet
     from flash_attention_jax.transformer import CausalTransformer, generate
 
 __all__ = ["Config", "evaluate", "fit", "sample"]
@@ -120,6 +121,7 @@ def fit(
     save_every: int = 0,
     validate_every: int = 0,
     sample_every: int = 0,
+    fleet: Fleet | None = None,
 ) -> dict[str, Any]:
     """Trains for `config.steps` steps, with a progress bar, checkpoints and a log.
 
@@ -137,9 +139,11 @@ def fit(
         save_every: steps between checkpoints beside those of every minute; 0 = none.
         validate_every: steps between validations on a part of the held-out text; 0 = none.
         sample_every: steps between samples; 0 = none.
+        fleet: the mesh, and the processes, that train together; the first one writes. Checkpoints
+            are whole arrays, so a run goes on with any other mesh. None = one device.
 
     Returns:
-        A dictionary: `step`, `params` and `optimizer`.
+        A dictionary: `step`, `params` and `optimizer`; with a mesh, whole and on the host.
 
     Raises:
         InputError: `resume` without a checkpoint, with a damaged one, or with one of another
@@ -173,6 +177,7 @@ def fit(
         >>> len((out / "log.csv").read_text().splitlines())  # a header, and a row for each step
         4
     """
+    fleet = fleet or Fleet()
     options, checkpoints = dataclasses.asdict(config), out / "checkpoints"
     state = config.initial_state()
     if resume:
@@ -181,53 +186,82 @@ def fit(
         windows=max(config.batch, VALID_BYTES // config.seq_len), seq_len=config.seq_len
     )
     saved, saved_at = state["step"] if resume else -1, time.monotonic()
+    state = fleet.place(state)
 
     def save() -> None:
         nonlocal saved, saved_at
-        curves.sync()
-        _saving.save(checkpoints, state["step"], state, options)
+        whole = fleet.host(state)
+        if fleet.first:
+            curves.sync()
+            _saving.save(checkpoints, state["step"], whole, options)
         saved, saved_at = state["step"], time.monotonic()
 
     with (
         _saving.interruptions() as interrupted,
-        Curves(out, done=state["step"]) as curves,
-        _progress(config, state["step"], label) as progress,
+        Curves(out, done=state["step"]) if fleet.first else _Silent() as curves,
+        _progress(config, state["step"], label, fleet.first) as progress,
     ):
-        while state["step"] < config.steps and not interrupted():
+        while state["step"] < config.steps and not fleet.agree(interrupted())[0]:
             start = time.perf_counter()
-            state, row = _step(config, text, state)
+            state, row = _step(config, fleet, text, state)
             row["tokens_per_second"] = round(progress(row, time.perf_counter() - start), 1)
             step = state["step"]
             if validate_every and (step % validate_every == 0 or step == config.steps):
-                row["validation"] = round(evaluate(config, state["params"], held_out), 6)
+                row["validation"] = round(evaluate(config, state["params"], held_out, fleet), 6)
             curves.add(step=step, **row)
             if sample_every and step % sample_every == 0:
-                _note_sample(out / "samples.txt", step, sample(config, state["params"], held_out))
-            late = time.monotonic() - saved_at > SAVE_SECONDS
+                params = fleet.host(state["params"])
+                if fleet.first:
+                    _note_sample(out / "samples.txt", step, sample(config, params, held_out))
+            late = fleet.agree(time.monotonic() - saved_at > SAVE_SECONDS)[0]
             if late or (save_every and step % save_every == 0):
                 save()
         if state["step"] != saved:
             save()
-    return state
+        return fleet.host(state)
 
 
-def evaluate(config: Config, params: PyTree, tokens: Int[np.ndarray, "windows length"]) -> float:
+class _Silent:
+    """The curves of a process that does not write."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def add(self, **row: Any) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
+def evaluate(
+    config: Config,
+    params: PyTree,
+    tokens: Int[np.ndarray, "windows length"],
+    fleet: Fleet | None = None,
+) -> float:
     """Bits per byte of the model on `tokens`, each window read on its own.
 
     Args:
         config: the configuration of the model.
         params: its parameters.
         tokens: (windows, seq_len + 1) integers, from `Text.validation`.
+        fleet: where the parameters lie; None = one device.
 
     Returns:
         The mean over all predicted bytes.
     """
-    total = 0.0
+    total, fleet = 0.0, fleet or Fleet()
     for start in range(0, len(tokens), config.batch):
         part = tokens[start : start + config.batch]
         # One shape for all parts: a second one would compile again.
         filled = np.resize(part, (config.batch, part.shape[1]))
-        total += float(np.asarray(_bits(config, params, filled))[: len(part)].sum())
+        total += float(
+            np.asarray(_bits(config, fleet, params, fleet.tokens(filled)))[: len(part)].sum()
+        )
     return total / tokens[:, 1:].size
 
 
@@ -257,7 +291,9 @@ def sample(
     return _printable(prompt[0]), _printable(np.asarray(drawn)[0])
 
 
-def _step(config: Config, text: Text, state: dict[str, Any]) -> tuple[dict[str, Any], dict]:
+def _step(
+    config: Config, fleet: Fleet, text: Text, state: dict[str, Any]
+) -> tuple[dict[str, Any], dict]:
     """The state after one step more, and the numbers of that step."""
     step = state["step"]
     tokens = text.batch(
@@ -267,7 +303,7 @@ def _step(config: Config, text: Text, state: dict[str, Any]) -> tuple[dict[str, 
         seq_len=config.seq_len,
     ).reshape(config.accumulate, config.batch, -1)
     params, optimizer, measured = _update(
-        config, state["params"], state["optimizer"], tokens, np.int32(step)
+        config, fleet, state["params"], state["optimizer"], fleet.tokens(tokens), np.int32(step)
     )
     row = {name: np.asarray(value) for name, value in measured.items()}
     if not np.isfinite(row["bits_per_byte"]):
@@ -279,12 +315,12 @@ def _step(config: Config, text: Text, state: dict[str, Any]) -> tuple[dict[str, 
 
 
 @contextlib.contextmanager
-def _progress(config: Config, done: int, label: str) -> Iterator[Any]:
+def _progress(config: Config, done: int, label: str, shown: bool) -> Iterator[Any]:
     """A progress bar: a function of a step's numbers and seconds, which returns tokens/s."""
     tokens = config.batch * config.accumulate * config.seq_len
     losses: list[float] = []
     times: list[float] = []
-    with tqdm(total=config.steps, initial=done, desc=label, unit="step") as bar:
+    with tqdm(total=config.steps, initial=done, desc=label, unit="step", disable=not shown) as bar:
 
         def advance(row: dict, seconds: float) -> float:
             losses.append(float(row["bits_per_byte"]))
@@ -308,19 +344,22 @@ def _initial(config: Config) -> tuple[PyTree, PyTree]:
     return params, config.optimizer.init(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _bits(
-    config: Config, params: PyTree, tokens: Int[Array | np.ndarray, "batch length"]
+    config: Config, fleet: Fleet, params: PyTree, tokens: Int[Array | np.ndarray, "batch length"]
 ) -> Float[Array, " batch"]:
     """Bits that each sequence takes: the sum over its bytes but the first."""
-    logits: Any = config.model.apply(params, tokens[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses.sum(axis=1) / math.log(2)
+    model = config.model.clone(placement=fleet.placement)
+    read, wanted = (fleet.along(x, "data", "context") for x in (tokens[:, :-1], tokens[:, 1:]))
+    logits: Any = fleet.along(model.apply(params, read), "data", "context")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    return fleet.along(losses.sum(axis=1) / math.log(2))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _update(
     config: Config,
+    fleet: Fleet,
     params: PyTree,
     optimizer: PyTree,
     tokens: Int[Array | np.ndarray, "accumulate batch length"],
@@ -329,7 +368,7 @@ def _update(
     """One step of the optimizer on the mean bits per byte."""
 
     def loss(params: PyTree, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
-        return _bits(config, params, tokens).mean() / config.seq_len
+        return _bits(config, fleet, params, tokens).mean() / config.seq_len
 
     def add(sums: PyTree, tokens: Int[Array, "batch length"]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, tokens)), None
@@ -349,7 +388,8 @@ def _update(
             "learning_rate": jnp.asarray(config.schedule(step), jnp.float32),
         }
         updates, optimizer = config.optimizer.update(gradients, optimizer, params)
-    return optax.apply_updates(params, updates), optimizer, measured
+    params = fleet.keep(optax.apply_updates(params, updates))
+    return params, fleet.keep(optimizer), jax.tree.map(fleet.along, measured)
 
 
 def _note_sample(path: Path, step: int, texts: tuple[str, str]) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flash_attention_jax._optional import needs
 from flash_attention_jax.data import InputError
 
@@ -46,7 +48,7 @@ def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path
         shutil.rmtree(left)
     whole = folder / f"{step:08d}"
     partial = folder / f".{whole.name}.partial"
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save((partial / "state").absolute(), args=ocp.args.StandardSave(state))
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
     sums = {path.relative_to(partial).as_posix(): _checksum(path) for path in files}
@@ -103,7 +105,7 @@ def restore(folder: Path, template: Any, config: Mapping[str, Any]) -> Any:
                 "Resume with the same options, or start anew with another --out."
             )
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             args = ocp.args.StandardRestore(template)
             return checkpointer.restore((path / "state").absolute(), args=args)
     except Exception as error:  # orbax has no class of its own for what does not fit
@@ -137,6 +139,17 @@ def interruptions() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax for this process alone: of several, each restores, and one saves."""
+    options = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        me = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+        )
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=options)
 
 
 def _whole(folder: Path) -> list[Path]:

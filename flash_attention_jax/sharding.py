@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flash_attention_jax import _check, _context, _local, _parts, _read
@@ -30,6 +31,7 @@ from flash_attention_jax._read import Options
 from flash_attention_jax._types import ArrayLike
 
 __all__ = [
+    "Placement",
     "Plan",
     "context_parallel_attention",
     "explain_context_parallel",
@@ -472,3 +474,60 @@ def explain_context_parallel(
     arrays, axes = (q, k, v, mask), (length_axis, batch_axis, head_axis)
     function = "explain_context_parallel"
     return _prepared(function, arrays, options, mesh, axes, context_parallel, order)[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where attention layers run: the attribute `placement` of the Flax modules.
+
+    Attributes:
+        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`.
+        length_axis: As in `context_parallel_attention`; so are the rest.
+        batch_axis: The mesh axis of the batch, or None.
+        head_axis: The mesh axis of the heads, or None.
+        context_parallel: "auto", "ring", "ulysses" or "ring+ulysses".
+        order: "contiguous", or "zigzag" where tokens come in that order.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flash_attention_jax.linen import Attention
+        >>> from flash_attention_jax.sharding import Placement
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+        >>> x = jax.random.normal(jax.random.key(0), (2, 16, 32), jnp.float32)
+        >>> layer = Attention(dim=32, heads=4, dim_head=8, causal=True, rotary=True)
+        >>> y, params = layer.init_with_output(jax.random.key(1), x)
+        >>> on_mesh = layer.clone(placement=Placement(mesh))
+        >>> bool(jnp.allclose(on_mesh.apply(params, x), y, atol=1e-5))
+        True
+    """
+
+    mesh: Any = None
+    length_axis: str | tuple[str, str] = "context"
+    batch_axis: str | None = None
+    head_axis: str | None = None
+    context_parallel: str = "auto"
+    order: str = "contiguous"
+
+    def attend(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        """`dot_product_attention` here; options by the names of that function.
+
+        Args:
+            query: (batch, length, heads, dim).
+            key: (batch, length, key heads, dim).
+            value: The same.
+            **options: Those of `dot_product_attention`.
+
+        Returns:
+            (batch, length, heads, dim).
+        """
+        ours = {theirs: name for name, theirs in _read.JAX_NAMES.items()}
+        named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
+        axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return context_parallel_attention(query, key, value, layout="heads_last", **axes, **named)
+
+    def positions(self, length: int) -> jax.Array | None:
+        """Where the tokens of a whole sequence stand; None = one after another."""
+        if self.order == "contiguous":
+            return None
+        ring = self.length_axis if isinstance(self.length_axis, str) else self.length_axis[0]
+        return zigzag(jnp.arange(length, dtype=jnp.int32), 0, devices=_sizes(self.mesh)[ring])

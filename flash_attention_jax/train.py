@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 import flash_attention_jax
 from flash_attention_jax import _curves
+from flash_attention_jax._fleet import Fleet, join_processes, make_mesh, parse_mesh
 from flash_attention_jax._loop import Config, evaluate, fit, sample
 from flash_attention_jax.compare import Parser, UsageError, check_main
 from flash_attention_jax.data import InputError, Text, byte_entropy, load_text, replacing
@@ -96,6 +97,11 @@ def _parser(command: str, *, steps: int, out: str) -> Parser:
         "tenth of the run without it")  # fmt: skip
     add("--sample-every", type=int, default=0, help="steps between samples, which go to "
         "samples.txt; 0 = at the end alone")  # fmt: skip
+    add("--mesh", help="devices along data, context and model, as in data=2,context=4; one device "
+        "without it")  # fmt: skip
+    add("--coordinator", help="host:port of process 0, where several processes train together")
+    add("--processes", type=int, default=1, help="how many there are")
+    add("--process", type=int, default=0, help="which of them this is")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     return parser
 
@@ -118,6 +124,32 @@ def _main(command: str, parser: Parser, argv: Sequence[str]) -> int:
 def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Text, check, training, validation, sample."""
     _check_numbers(args)
+    fleet = _fleet(args)
+    if fleet.first:
+        return _train(command, args, argv, fleet)
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        return _train(command, args, argv, fleet)
+
+
+def _fleet(args: argparse.Namespace) -> Fleet:
+    """The devices and processes that the options name."""
+    sizes = None if args.mesh is None else parse_mesh(args.mesh)
+    if args.processes > 1:
+        if args.coordinator is None or sizes is None:
+            missing = "coordinator" if args.coordinator is None else "mesh"
+            raise InputError(
+                f"`--{missing}` must be given where there are processes, got none for "
+                f"--processes {args.processes}. Add --coordinator localhost:12345 --mesh data=2, "
+                "say."
+            )
+        join_processes(args.coordinator, args.processes, args.process)
+    fleet = Fleet(None if sizes is None else make_mesh(sizes))
+    fleet.check(batch=args.batch, heads=args.heads, seq_len=args.seq_len)
+    return fleet
+
+
+def _train(command: str, args: argparse.Namespace, argv: Sequence[str], fleet: Fleet) -> int:
+    """The same, for devices that are there."""
     # First of all: a mistake in a path must show before minutes have passed.
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +162,7 @@ def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
         ) from error
     text = load_text(args.data, cache=args.out, seq_len=args.seq_len)
     config = _config(args, text)
-    if command == "demo" and not args.resume:
+    if command == "demo" and not args.resume and fleet.first:
         code = _check()
         if code:
             return code
@@ -138,7 +170,7 @@ def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
         f"text: {text.source}, {len(text.train) + len(text.valid):,} bytes: "
         f"{len(text.train):,} to train, {len(text.valid):,} to validate"
     )
-    if not args.resume:
+    if not args.resume and fleet.first:
         _keep_previous(args.out)
     every = math.ceil(config.steps / 10) if args.validate_every is None else args.validate_every
     state = fit(
@@ -150,7 +182,10 @@ def _run(command: str, args: argparse.Namespace, argv: Sequence[str]) -> int:
         save_every=args.save_every,
         validate_every=every,
         sample_every=args.sample_every,
+        fleet=fleet,
     )
+    if not fleet.first:
+        return 0 if state["step"] == config.steps else INTERRUPTED
     with contextlib.suppress(KeyboardInterrupt):
         _curves.draw(args.out, f"attention by {config.similarity}, {config.attention}")
         if state["step"] == config.steps:
@@ -227,7 +262,8 @@ def _check() -> int:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuses what no run can use."""
-    least = dict.fromkeys(("dim", "depth", "heads", "seq_len", "batch", "accumulate", "steps"), 1)
+    positive = ("dim", "depth", "heads", "seq_len", "batch", "accumulate", "steps", "processes")
+    least = dict.fromkeys(positive, 1)
     least |= dict.fromkeys(("seed", "warmup", "save_every", "validate_every", "sample_every"), 0)
     for name, bound in least.items():
         value = getattr(args, name)

@@ -19,6 +19,7 @@ with needs("flash_attention_jax.transformer", "flax", extra="train"):
     from flax import linen as nn
 
     from flash_attention_jax.linen import Attention, Similarity
+    from flash_attention_jax.sharding import Placement
 
 __all__ = ["CausalTransformer", "CosineSimCausalTransformer", "generate"]
 
@@ -111,6 +112,7 @@ class CausalTransformer(_Generates, nn.Module):
         window: how many tokens before its own one layer sees; `None` = all.
         swiglu: gate the feed-forward layers, (silu(x @ gate) * (x @ expand)) @ contract, with two
             thirds of the hidden features, instead of gelu(x @ expand) @ contract.
+        placement: the mesh on which attention runs, as in `Attention`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -137,6 +139,7 @@ class CausalTransformer(_Generates, nn.Module):
     kv_heads: int | None = None
     window: int | None = None
     swiglu: bool = False
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -189,6 +192,7 @@ class CausalTransformer(_Generates, nn.Module):
             "implementation": self.implementation,
             "dtype": self.dtype,
             "out_init": self._last_init(),
+            "placement": self.placement,
         }
 
     @nn.nowrap
