@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flash_attention_jax import flash_attention, flash_cosine_sim_attention
 from flash_attention_jax.sharding import (
+    Placement,
     context_parallel_attention,
     explain_context_parallel,
     ring_attention,
@@ -240,6 +241,35 @@ def test_positions_follow_the_order():
         )()
         want = np.arange(32) if order == "contiguous" else zigzag(np.arange(32), 0, devices=8)
         assert (np.asarray(positions) == np.asarray(want)).all()
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_flax_layer_on_a_mesh_is_the_layer(order):
+    linen = pytest.importorskip("flash_attention_jax.linen")
+    x = normal(2, 16, 12)
+    layer = linen.Attention(
+        dim=12, heads=4, dim_head=4, kv_heads=2, causal=True, rotary=True, param_dtype=jnp.float64
+    )
+    want, params = layer.init_with_output(jax.random.key(0), x)
+    placement = Placement(
+        mesh(data=2, context=4), batch_axis="data", context_parallel="ring", order=order
+    )
+    layer = layer.clone(placement=placement)
+    zigzags = order == "zigzag"
+    got = layer.apply(params, zigzag(x, 1, devices=4) if zigzags else x)
+    got = unzigzag(got, 1, devices=4) if zigzags else got
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_nnx_layer_on_a_mesh_is_the_layer():
+    nnx_layer = pytest.importorskip("flash_attention_jax.nnx").Attention
+    nnx = pytest.importorskip("flax.nnx")
+    x, sizes = normal(2, 16, 12), {"dim": 12, "heads": 4, "dim_head": 4, "param_dtype": jnp.float64}
+    placement = Placement(mesh(context=4))
+    got, want = (
+        nnx_layer(**sizes, placement=where, rngs=nnx.Rngs(0))(x) for where in (placement, None)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
 
 
 # --- what is sent ---
