@@ -25,6 +25,16 @@ Given = dict[str, jax.Array]
 Pass = Callable[[Problem, Given], dict[str, jax.Array]]
 
 
+LAUNCHED: dict[Direction, tuple[Any, bool | None]] = {
+    "forward": (triton_forward.triton_forward, True),
+    "dq": (triton_backward.triton_dq, True),
+    "dkv": (triton_backward.triton_dkv, False),
+    "dbias": (triton_backward.triton_dbias, None),
+    "drelative": (triton_backward.triton_drelative, None),
+}
+"""The kernels, and whether they walk keys or queries; None where they take no route."""
+
+
 def attend(reference: Reference, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Attention by the Triton kernels; arguments and results as in `join.attend`."""
     return join.attend(KERNELS, reference, call, arrays)
@@ -44,17 +54,36 @@ def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
 def _run_forward(problem: Problem, given: Given) -> dict[str, jax.Array]:
     call, arrays = problem.call, Arrays(**given)
-    tiles = tiles_of(call, "forward")
-    read = operands(call, arrays, tiles, over_keys=True)
+    read = {}
     if arrays.sinks is not None:
         read["sinks"] = ops.per_head(call, arrays.sinks) * np.float32(ops.LOG2E)
     made = {
         "out": jax.ShapeDtypeStruct(call.shape(ROLES["out"][call.layout]), jnp.dtype(call.dtype)),
         "lse": jax.ShapeDtypeStruct(call.shape(ROLES["lse"][call.layout]), jnp.float32),
     }
-    spec = spec_of(call, tiles, problem.factor, read)
-    grid = _blocks(call.q_len, tiles.block_q) * call.heads * call.batch
-    return launch(triton_forward.triton_forward, call, tiles, spec, read, made, grid)
+    return _launch(problem, arrays, "forward", read, made)
+
+
+def _launch(
+    problem: Problem, arrays: Arrays, direction: Direction, read: Given, made: Shapes
+) -> dict[str, jax.Array]:
+    """Run a kernel, which reads `read` besides the operands of every kernel."""
+    call, tiles = problem.call, tiles_of(problem.call, direction)
+    kernel, over_keys = LAUNCHED[direction]
+    every = operands(call, arrays, tiles, over_keys=over_keys) | read
+    spec = spec_of(call, tiles, problem.factor, every)
+    q_blocks, kv_blocks = _blocks(call.q_len, tiles.block_q), _blocks(call.k_len, tiles.block_kv)
+    if direction == "dkv":
+        grid = kv_blocks * call.kv_heads * call.batch
+    elif direction == "dbias":
+        batch, heads, i_size, j_size = made["dbias"].shape
+        grid = batch * heads * (q_blocks if i_size > 1 else 1) * (kv_blocks if j_size > 1 else 1)
+    elif direction == "drelative":
+        heads, count = made["drelative"].shape
+        grid = heads * _blocks(count, tiles.block_q)
+    else:
+        grid = q_blocks * call.heads * call.batch
+    return launch(kernel, call, tiles, spec, every, made, grid)
 
 
 # --- backward ---
@@ -70,72 +99,33 @@ def _gradients(
 def _run_gradients(problem: Problem, given: Given) -> dict[str, jax.Array]:
     given = dict(given)
     call, lse = problem.call, given.pop("lse")
-    # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
-    lse2 = jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E))
     read = {
         "dout": given.pop("dout").astype(call.dtype),
-        "lse2": lse2,
+        # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
+        "lse2": jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E)),
         "delta": given.pop("delta"),
     }
     arrays = Arrays(**given)
     # Wide for the derivative of the norm.
     normed = call.similarity == "cosine" and call.l2norm
     dtypes = {"q": jnp.float32, "k": jnp.float32} if normed else {}
-    shapes = {
-        f"d{name}": jax.ShapeDtypeStruct(
+    dq, dk, dv = (
+        jax.ShapeDtypeStruct(
             call.shape(ROLES[name][call.layout]), jnp.dtype(dtypes.get(name, call.dtype))
         )
         for name in "qkv"
-    }
-
-    def run(kernel: Any, direction: Direction, made: Shapes, count: Any, over_keys: Any) -> Any:
-        tiles = tiles_of(call, direction)
-        every = operands(call, arrays, tiles, over_keys=over_keys) | read
-        spec = spec_of(call, tiles, problem.factor, every)
-        return launch(kernel, call, tiles, spec, every, made, count(tiles))
-
+    )
     terms = {"dslopes": arrays.alibi_slopes, "dscale": arrays.scale}
-    found = run(
-        triton_backward.triton_dq,
-        "dq",
-        {"dq": shapes["dq"]} | {name: _shares(call, term) for name, term in terms.items()},
-        lambda tiles: _blocks(call.q_len, tiles.block_q) * call.heads * call.batch,
-        True,
-    )
-    for name, term in terms.items():
-        if term is None:
-            del found[name]
-    found |= run(
-        triton_backward.triton_dkv,
-        "dkv",
-        {"dk": shapes["dk"], "dv": shapes["dv"]},
-        lambda tiles: _blocks(call.k_len, tiles.block_kv) * call.kv_heads * call.batch,
-        False,
-    )
+    shares = {name: _shares(call, term) for name, term in terms.items()}
+    found = _launch(problem, arrays, "dq", read, {"dq": dq} | shares)
+    found = {name: x for name, x in found.items() if terms.get(name, dq) is not None}
+    found |= _launch(problem, arrays, "dkv", read, {"dk": dk, "dv": dv})
     if arrays.bias is not None:
-        batch, heads, i_size, j_size = arrays.bias.shape
-        found |= run(
-            triton_backward.triton_dbias,
-            "dbias",
-            {"dbias": jax.ShapeDtypeStruct(arrays.bias.shape, jnp.float32)},
-            lambda tiles: (
-                batch
-                * heads
-                * (1 if i_size == 1 else _blocks(i_size, tiles.block_q))
-                * (1 if j_size == 1 else _blocks(j_size, tiles.block_kv))
-            ),
-            None,
-        )
+        made = {"dbias": jax.ShapeDtypeStruct(arrays.bias.shape, jnp.float32)}
+        found |= _launch(problem, arrays, "dbias", read, made)
     if arrays.relative_bias is not None:
-        heads, count = arrays.relative_bias.shape
-        found |= run(
-            triton_backward.triton_drelative,
-            "drelative",
-            {"drelative": jax.ShapeDtypeStruct((heads, count), jnp.float32)},
-            lambda tiles: heads * _blocks(count, tiles.block_q),
-            None,
-        )
-        found["drelative_bias"] = found.pop("drelative")
+        made = {"drelative": jax.ShapeDtypeStruct(arrays.relative_bias.shape, jnp.float32)}
+        found["drelative_bias"] = _launch(problem, arrays, "drelative", read, made)["drelative"]
     return found
 
 

@@ -51,7 +51,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
         "forward": {
             64: Tiles(128, 64, 4, 3),
             128: Tiles(128, 64, 8, 3),
-            256: Tiles(128, 32, 8, 2),
+            256: Tiles(64, 32, 8, 2),
         },
         "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
         "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 1)},
@@ -62,7 +62,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             128: Tiles(128, 32, 8, 2),
             256: Tiles(64, 32, 8, 1),
         },
-        "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 8, 1)},
+        "dq": {64: Tiles(128, 32, 8, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 1)},
         "dkv": {64: Tiles(32, 128, 8, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(16, 32, 4, 1)},
     },
     "hopper": {  # 227 KiB, wgmma
@@ -72,7 +72,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             256: Tiles(128, 32, 8, 2),
         },
         "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
     },
 }
 
@@ -118,8 +118,10 @@ def tiles(
     del causal
     dim = max(64, padded(head_dim))
     wide = jnp.dtype(dtype).itemsize == 4
-    if direction in ("dbias", "drelative"):
-        return Tiles(32, 32, 4, 1) if wide or dim > 128 else Tiles(64, 64, 8, 1)
+    if direction == "drelative" or (direction == "dbias" and (wide or dim > 128)):
+        return Tiles(32, 32, 4, 1)
+    if direction == "dbias":
+        return Tiles(64, 64, 8, 1)
     found = TABLE[family(capability)][direction][dim]
     if not wide:
         return found
@@ -171,6 +173,8 @@ def input_precision(call: Call) -> str | None:
 
 
 def _side(asked: Any) -> str | None:
+    if asked == "tensorfloat32":  # one of several names of HIGH, which here is bf16x3
+        return "tf32"
     if isinstance(asked, jax.lax.DotAlgorithmPreset):
         return _ALGORITHMS.get(asked.name)
     if isinstance(asked, str) and asked in _ALGORITHMS:

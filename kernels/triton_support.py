@@ -30,15 +30,16 @@ def why_not(call: Call) -> str | None:
 
 
 def _wrong_machine(call: Call) -> str | None:
-    if call.platform == "rocm":
-        return "it has not been tried on ROCm"
     if call.platform != "gpu":
         return (
             "it runs on NVIDIA GPUs of compute capability 8.0 and newer, "
             f"and this is traced for {call.platform}"
         )
     if call.capability is None:
-        return "it needs compute capability 8.0, and this device's is unknown"
+        return (
+            "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this device's is "
+            "unknown (ROCm is untested)"
+        )
     if call.capability < triton_config.SMALLEST_CAPABILITY:
         found = "{}.{}".format(*call.capability)
         return f"it needs compute capability 8.0 (Ampere) or newer, and this device's is {found}"

@@ -502,27 +502,30 @@ def logit_gradients(
 def route_of(refs, spec: tl.constexpr, b, outer, OUTERS: tl.constexpr, INNERS: tl.constexpr):
     """The route of an outer block."""
     if spec.order is None:
-        return Route(order=refs.order, partial=0, last=INNERS)
-    counts = refs.counts + (b * (2 * OUTERS) * (spec.order != 0) + 2 * outer)
-    order = refs.order + tl.cast(b, tl.int64) * spec.order + outer * INNERS
-    return Route(order=order, partial=tl.load(counts), last=tl.load(counts + 1))
+        route = Route(order=refs.order, partial=0, last=INNERS)
+    else:
+        counts = refs.counts + (b * (2 * OUTERS) * (spec.order != 0) + 2 * outer)
+        order = refs.order + tl.cast(b, tl.int64) * spec.order + outer * INNERS
+        route = Route(order=order, partial=tl.load(counts), last=tl.load(counts + 1))
+    return route
 
 
 @triton.jit
 def first_of(route, spec: tl.constexpr, INNERS: tl.constexpr):
     """What has to be added to a step's number to give its block, where those follow one another."""
-    if spec.order is None:
-        return 0
-    if spec.contiguous:
-        return tl.load(route.order + tl.minimum(route.partial, INNERS - 1)) - route.partial
-    return 0
+    first = 0
+    if (spec.order is not None) & spec.contiguous:
+        first = tl.load(route.order + tl.minimum(route.partial, INNERS - 1)) - route.partial
+    return first
 
 
 @triton.jit
 def block_of(route, spec: tl.constexpr, n, first):
     """The block of a step that needs no mask."""
     if spec.order is None:
-        return n
-    if spec.contiguous:
-        return first + n
-    return tl.load(route.order + n)
+        block = n
+    elif spec.contiguous:
+        block = first + n
+    else:
+        block = tl.load(route.order + n)
+    return block
