@@ -26,11 +26,11 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench bench-micro plots compile-gpu test-gpu bench-gpu train notebooks clean FORCE
+.PHONY: help demo test lint bench bench-micro plots compile-gpu test-triton compile-triton test-gpu bench-gpu train notebooks clean FORCE
 
 help: ## show this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
-	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.train ## check every engine here, then train a small transformer on real text
 	$(RUN) -m flash_attention_jax demo $(ARGS)
@@ -54,6 +54,13 @@ plots: $(VENV)/.bench ## draw every table and picture of README.md from benchmar
 
 compile-gpu: $(VENV)/.test ## compile every kernel for an H200 without one; says so where the CUDA plugin is missing
 	$(RUN) -m flash_attention_jax.kernels.compile $(ARGS)
+
+test-triton: .venv-triton/.triton ## run the Triton kernels interpreted on the CPU, and lower them for CUDA
+	TRITON_INTERPRET=1 JAX_PLATFORMS=cpu .venv-triton/bin/python -m pytest -n $(WORKERS) tests/test_triton_interpreted.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv-triton/bin/python -m pytest tests/test_triton.py
+
+compile-triton: .venv-triton/.triton ## compile every Triton kernel for sm_80, 86, 89 and 90 without a GPU
+	JAX_PLATFORMS=cpu .venv-triton/bin/python -m flash_attention_jax.kernels.triton_compile $(ARGS)
 
 test-gpu: $(VENV)/.test ## run the tests that need an NVIDIA GPU; PYTHON must be one whose JAX sees it
 	$(RUN) -m pytest -m gpu $(ARGS)
@@ -99,6 +106,18 @@ $(VENV)/.peers: $(VENV)/.python
 	    $(RUN) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 	        --target "$(VENV)/peers/$${peer%%=*}" "$$peer" einops || echo "Going without $$peer."; \
 	done; touch $@
+
+# Triton with its interpreter's torch, and the plugin that jax-triton imports: too heavy for `test`.
+.venv-triton/.triton: setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(TORCH_PYTHON)")' || \
+	    { echo '`PYTHON` must be Python $(TORCH_PYTHON), for which there is a CPU build of torch.'; exit 1; }
+	@echo 'Installing Triton, jax-triton and torch into .venv-triton; the first time takes some minutes.'
+	@rm -rf .venv-triton && $(PYTHON) -m venv .venv-triton
+	@.venv-triton/bin/python -m pip install -qq --disable-pip-version-check --editable '.[test]' '$(TORCH)'
+	@version=$$(.venv-triton/bin/python -c 'import jax; print(jax.__version__)') && \
+	    .venv-triton/bin/python -m pip install -qq --disable-pip-version-check 'jax-triton==0.3.1' 'triton>=3.6' \
+	    "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	@touch $@
 
 # Written when the environment is made; left alone, with its old date, while it still fits.
 $(VENV)/.python: FORCE

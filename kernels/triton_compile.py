@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """What each case asks; shapes stand for float32 arrays."""
 
+PASSES: tuple[Direction, ...] = ("forward", "dq", "dkv")
 GRADIENTS: dict[str, Direction] = {"bias": "dbias", "relative_bias": "drelative"}
 
 
@@ -69,12 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"triton {triton.__version__}, length {LENGTH}, {HEADS} heads, bfloat16 unless said")
     print(
         f"{'case':<10} {'target':<6} {'dim':>4}  {'kernel':<9} {'tiles':<14} "
-        f"{'registers':>9} {'spilled':>8} {'shared':>7} {'mma':>5} {'seconds':>8}"
+        f"{'registers':>9} {'spilled':>8} {'shared':>7} {'mma':>5}"
     )
     wrong = 0
     for name in args.only:
-        added = (found for term, found in GRADIENTS.items() if term in OPTIONS[name])
-        directions: tuple[Direction, ...] = ("forward", "dq", "dkv", *added)
+        directions = PASSES
+        for term, direction in GRADIENTS.items():
+            directions += (direction,) if term in OPTIONS[name] else ()
         for target in args.targets:
             for dim in args.dims:
                 for direction in directions:
@@ -88,24 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _row(name: str, target: int, dim: int, direction: Direction) -> tuple[str, bool]:
     """A line of the table, and whether it tells of a fault."""
     start = f"{name:<10} sm_{target:<3} {dim:>4}  {direction:<9}"
-    begun = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel, tiles = compile_kernel(target, dim, direction, **OPTIONS[name])
     except Exception as error:  # noqa: BLE001 (whatever it is belongs into the table)
         return f"{start} {type(error).__name__}: {error}".splitlines()[0], True
-    seconds = time.perf_counter() - begun
     registers, spilled = _resources(target, kernel.asm["ptx"])
     shared = kernel.metadata.shared / 1024
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"]))
     exact = OPTIONS[name].get("dtype") == "float32"  # IEEE products have no tensor cores
     large = shared > triton_config.SHARED_MEMORY[target]
     sizes = f"{tiles.block_q}x{tiles.block_kv} w{tiles.num_warps} s{tiles.num_stages}"
-    text = (
-        f"{start} {sizes:<14} {registers:>9} {spilled:>7}B {shared:>6.0f}K {products:>5} "
-        f"{seconds:>8.1f}"
-    )
+    text = f"{start} {sizes:<14} {registers:>9} {spilled:>7}B {shared:>6.0f}K {products:>5}"
     return text, bool(spilled) or large or not (products or exact)
 
 
