@@ -1,0 +1,160 @@
+"""How attention scales with devices: time, bytes sent and memory of each, strong and weak.
+
+    python benchmarks/scaling.py                virtual CPU devices of this process
+    python benchmarks/scaling.py --devices gpu  the GPUs of this machine
+
+Virtual devices share the cores of one machine: their times say what the ring costs beside the
+computation, and nothing of a network. Bytes and memory are the compiled program's, and hold
+anywhere. Writes results/scaling.json and results/scaling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+HEADS, DIM = 8, 64
+
+
+def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dict[str, Any]:
+    """Forward and backward of one causal sequence over the first `count` devices."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from flash_attention_jax.sharding import context_parallel_attention, explain_context_parallel
+
+    mesh = Mesh(np.array(jax.devices()[:count]), ("context",))
+    place = NamedSharding(mesh, PartitionSpec(None, None, "context"))
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (1, HEADS, length, DIM)
+    q, k, v, dout = (jax.device_put(jax.random.normal(x, shape, dtype), place) for x in keys)
+    order = "zigzag" if way == "zigzag" else "contiguous"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "causal": True,
+        "context_parallel": "ring" if way == "zigzag" else way,
+        "order": order,
+    }
+    attend = functools.partial(context_parallel_attention, **options)
+
+    @jax.jit
+    def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(dout)
+
+    compiled = both.lower(q, k, v, dout).compile()
+    jax.block_until_ready(compiled(q, k, v, dout))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(q, k, v, dout))
+        times.append(time.perf_counter() - start)
+    said = explain_context_parallel(q, k, v, **options)
+    memory = compiled.memory_analysis()
+    # At least: each device sees every key and value that a causal query of it reads, once, and
+    # sends back its share of their gradients.
+    item = jnp.dtype(dtype).itemsize
+    ideal = 2 * 2 * HEADS * DIM * item * (length - length // count)
+    return {
+        "devices": count,
+        "length": length,
+        "way": way,
+        "seconds": statistics.median(times),
+        "spread": [min(times), max(times)],
+        "bytes_sent_by_each": said.bytes_forward + said.bytes_backward,
+        "bytes_ideal": ideal,
+        "temporary_bytes_of_each": memory.temp_size_in_bytes,
+        "argument_bytes_of_each": memory.argument_size_in_bytes,
+        "collectives": {"forward": said.forward, "backward": said.backward},
+    }
+
+
+def draw(rows: list[dict[str, Any]], path: Path, what: str) -> None:
+    """Time against devices, strong and weak, with the ideal."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for place, kind in zip(axes, ("strong", "weak"), strict=False):
+        for way in ("ring", "zigzag", "ulysses"):
+            mine = [row for row in rows if row["kind"] == kind and row["way"] == way]
+            counts, times = [r["devices"] for r in mine], [r["seconds"] for r in mine]
+            place.plot(counts, times, "o-", label=way)
+        place.set(xlabel="devices", ylabel="seconds, forward and backward", title=kind)
+        place.set(xscale="log", yscale="log")
+    for way in ("ring", "zigzag", "ulysses"):
+        mine = [row for row in rows if row["kind"] == "weak" and row["way"] == way]
+        memory = [r["temporary_bytes_of_each"] / 2**20 for r in mine]
+        axes[2].plot([r["devices"] for r in mine], memory, "o-", label=way)
+    axes[2].set(xlabel="devices", ylabel="MiB of each device", title="weak: temporary memory")
+    axes[2].set(xscale="log", ylim=(0, None))
+    axes[0].legend()
+    figure.suptitle(what)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--devices", choices=("cpu", "gpu"), default="cpu", help="which")
+    parser.add_argument("--most", type=int, default=8, help="largest number of devices")
+    parser.add_argument("--strong", type=int, default=4096, help="tokens in all")
+    parser.add_argument("--weak", type=int, default=1024, help="tokens of each device")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.devices == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        flags = f"{flags} --xla_force_host_platform_device_count={args.most}"
+        os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    import jax
+
+    rows = []
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= min(args.most, jax.device_count())]
+    for kind in ("strong", "weak"):
+        for way in ("ring", "zigzag", "ulysses"):
+            for count in counts:
+                length = args.strong if kind == "strong" else args.weak * count
+                row = measured(count, length, way, args.repeats, args.dtype)
+                rows.append({"kind": kind} | row)
+                print(
+                    f"{kind:6} {way:8} {count:2} devices {length:7} tokens "
+                    f"{row['seconds'] * 1e3:9.1f} ms  {row['bytes_sent_by_each']:12,} bytes sent  "
+                    f"{row['temporary_bytes_of_each']:12,} temporary",
+                    flush=True,
+                )
+    virtual = args.devices == "cpu"
+    kind = jax.devices()[0].device_kind
+    what = f"{counts[-1]} {'virtual devices on one ' if virtual else ''}{kind}"
+    record = {
+        "what": what,
+        "virtual": virtual,
+        "cores": os.cpu_count(),
+        "heads": HEADS,
+        "dim": DIM,
+        "dtype": args.dtype,
+        "causal": True,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(rows, args.out / "scaling.png", what)
+
+
+if __name__ == "__main__":
+    main()
