@@ -30,7 +30,7 @@ from workloads import Workload
 ROUNDS = 9
 QUICK_ROUNDS = 3
 AT_LEAST = 3  # rounds, however slow the machine
-SECONDS = 20.0  # no further round of a section is begun after this long
+SECONDS = 15.0  # no further round of a section is begun after this long
 RESULTS = Path(__file__).parent / "results"
 SAME = ("name", "quick", "git", "versions")  # in records that a run may go on from
 
