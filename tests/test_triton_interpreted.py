@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flash_attention_jax
-from flash_attention_jax import flash_attention, flash_cosine_sim_attention
+from flash_attention_jax import _dense, _read, flash_attention, flash_cosine_sim_attention
 from flash_attention_jax._subject import QUICK, difference
 from flash_attention_jax.kernels import _support, triton_support
 from flash_attention_jax.testing import CLAIMS, Subject, check
@@ -167,3 +167,21 @@ def test_second_derivative_is_that_of_the_reference():
         return jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(q)
 
     close([twice("triton")], [twice("blocked")])
+
+
+@pytest.mark.parametrize("origin", [None, (6, 1, 3, 5, 2)], ids=["whole", "part"])
+def test_dropout_keeps_what_the_reference_keeps(origin):
+    # Equal logits, and values that are unit vectors: the output shows which keys were kept.
+    q, k = jnp.zeros((2, 2, 19, 8), jnp.float32), jnp.zeros((2, 2, 24, 8), jnp.float32)
+    v = jnp.broadcast_to(jnp.eye(24, dtype=jnp.float32), (2, 2, 24, 24))
+    options = {"dropout_rate": 0.4, "dropout_key": jax.random.key(7)}
+    reading = _read.read(q, k, v, None, options)
+    arrays = _read.arrays(reading.call, reading.given)
+    if origin is not None:
+        arrays = arrays._replace(dropout_origin=jnp.array(origin, jnp.int32))
+    from flash_attention_jax.kernels import triton_attention
+
+    out, _ = triton_attention.attend(_dense.attend, reading.call, arrays)
+    want, _ = _dense.attend(reading.call, arrays)
+    assert np.array_equal(np.asarray(out) != 0, np.asarray(want) != 0)
+    assert 0.5 < (np.asarray(out) != 0).mean() < 0.7
