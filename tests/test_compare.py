@@ -350,7 +350,7 @@ def test_unknown_command_is_one_line_and_code_2(capsys):
     assert __main__.main(["chek"]) == 2
     assert capsys.readouterr().err == (
         "flash_attention_jax: error: no command 'chek'; "
-        "there are check, demo, train, bench, explain\n"
+        "there are check, demo, train, bench, tune, explain\n"
     )
 
 
