@@ -1,6 +1,6 @@
 """Tiles of the Triton kernels: one table, by compute capability, direction and head dimension.
 
-The table holds what compiles without a spill worth mentioning and fits into the shared memory of
+The table holds what compiles for a causal call without a spill and fits into the shared memory of
 each architecture (`triton_compile.py` says so); nothing in it has been timed yet.
 """
 
@@ -72,7 +72,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             256: Tiles(128, 32, 8, 2),
         },
         "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 2)},
     },
 }
 
