@@ -72,6 +72,8 @@ def flash_attention(
               mixed modes too.
             * precision: as in `jax.lax.dot_general`; float32 is never computed in less unless it
               says so.
+            * deterministic_backward: True (the same bits each time), or False to let a kernel's
+              backward sum in whatever order its programs run, which takes fewer products.
 
     Returns:
         out in q's dtype, of q's shape with e as its last axis. With return_lse, (out, lse): lse is
@@ -149,6 +151,7 @@ def dot_product_attention(
     block_q: int | None = None,
     block_kv: int | None = None,
     differentiation: str = "reverse",
+    deterministic_backward: bool = True,
     precision: Any = None,
 ) -> Any:
     """A drop-in for `jax.nn.dot_product_attention` in O(n) memory, with what that function lacks.
@@ -187,6 +190,8 @@ def dot_product_attention(
         block_q: Queries per block.
         block_kv: Keys per block.
         differentiation: "reverse" or "any".
+        deterministic_backward: False lets a kernel's backward sum in whatever order its programs
+            run.
         precision: As in `jax.lax.dot_general`.
 
     Returns:
@@ -227,6 +232,7 @@ def dot_product_attention(
         "block_q": block_q,
         "block_kv": block_kv,
         "differentiation": differentiation,
+        "deterministic_backward": deterministic_backward,
         "precision": precision,
         "return_lse": return_residual,
         "implementation": implementation,

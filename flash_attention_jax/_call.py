@@ -110,6 +110,7 @@ class Call:
         block_kv: Keys per block, None = the engine's own.
         precision: As in `jax.lax.dot_general`; None never means less than the dtype of the inputs.
         differentiation: "reverse", or "any" for forward mode and mixed orders.
+        deterministic_backward: Whether the same inputs have to give the same bits each time.
         platform: "cpu", "gpu" or "tpu": what the call is traced for.
         capability: CUDA compute capability such as (9, 0), None elsewhere.
         interpret: Whether kernels run under their interpreter instead of on the platform.
@@ -138,6 +139,7 @@ class Call:
     block_kv: int | None = None
     precision: Any = None
     differentiation: Differentiation = "reverse"
+    deterministic_backward: bool = True
     platform: str = "cpu"
     capability: tuple[int, int] | None = None
     interpret: bool = False

@@ -2,6 +2,8 @@
 
 logits = softcap(scale * similarity + alibi + relative_bias + bias),  then -inf where not visible
 out    = acc / l,  lse = m + log l,  and the sink, if any, joins the denominator last
+
+and merged = sum of exp(lse_part - lse) * out_part, where the keys were split in parts.
 """
 
 from __future__ import annotations
@@ -140,3 +142,13 @@ def finish(
     if call.dropout_rate:
         weight = weight / (1 - call.dropout_rate)
     return acc * weight[..., None], lse
+
+
+def merge_stacked(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Merge parts along the first axis: outs (parts, ..., e) and lses (parts, ...), one dtype."""
+    zero = jnp.zeros((), lses.dtype)
+    none = (lses == -jnp.inf).all(axis=0)
+    safe = jnp.where(none, zero, lses)
+    lse = jnp.where(none, jnp.full((), -jnp.inf, lses.dtype), jax.nn.logsumexp(safe, axis=0))
+    weights = jnp.where(none, zero, jnp.exp(safe - jnp.where(none, zero, lse)))
+    return (weights[..., None] * outs).sum(axis=0), lse

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax import _check
+from flash_attention_jax._logits import merge_stacked
 from flash_attention_jax._types import (
     Array,
     ArrayLike,
@@ -76,13 +76,3 @@ def merge_attention(*parts: tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
         jnp.stack([x.astype(wide) for x in outs]), jnp.stack([x.astype(wide) for x in lses])
     )
     return out.astype(outs[0].dtype), lse
-
-
-def merge_stacked(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Merge parts along the first axis: outs (parts, ..., e) and lses (parts, ...), one dtype."""
-    zero = jnp.zeros((), lses.dtype)
-    none = (lses == -jnp.inf).all(axis=0)
-    safe = jnp.where(none, zero, lses)
-    lse = jnp.where(none, jnp.full((), -jnp.inf, lses.dtype), jax.nn.logsumexp(safe, axis=0))
-    weights = jnp.where(none, zero, jnp.exp(safe - jnp.where(none, zero, lse)))
-    return (weights[..., None] * outs).sum(axis=0), lse

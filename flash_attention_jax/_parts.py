@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,16 +217,4 @@ def choose_whole(call: Call, name: str | None) -> str:
     Raises:
         NotImplementedError: If the one named declines.
     """
-    chosen = _dispatch.choose(call, name).name
-    if chosen in KERNELS and call.has("dropout_origin"):
-        if name is not None:
-            _decline(name, "its dropout does not take the place of a part among all heads yet")
-        return "blocked"
-    return chosen
-
-
-def _decline(name: str, reason: str) -> NoReturn:
-    raise NotImplementedError(
-        f"implementation={name!r} declines this call: {reason}. "
-        "Use implementation=None to let the library choose."
-    )
+    return _dispatch.choose(call, name).name

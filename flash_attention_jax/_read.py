@@ -41,6 +41,7 @@ class CommonOptions(TypedDict, total=False):
     implementation: str | None
     differentiation: str
     precision: Any
+    deterministic_backward: bool
 
 
 class ScaleOptions(CommonOptions, total=False):
@@ -202,6 +203,9 @@ def read(
         block_kv=reader.block("block_kv"),
         precision=options.get("precision"),
         differentiation=options.get("differentiation", "reverse"),
+        deterministic_backward=_check.flag(
+            reader.name("deterministic_backward"), options.get("deterministic_backward", True)
+        ),
         platform="gpu" if platform in ("cuda", "rocm") else platform,
         capability=capability if capability is not None else _capability(platform),
         interpret=interpret,

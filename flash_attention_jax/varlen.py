@@ -37,6 +37,7 @@ def flash_attention_varlen(
     block_kv: int | None = None,
     implementation: str | None = None,
     differentiation: Literal["reverse", "any"] = "reverse",
+    deterministic_backward: bool = True,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "total_q h dv"] | tuple[Float[Array, "total_q h dv"], Float[Array, "total_q h"]]:
     """Attends within each of several sequences that lie packed along one axis.
@@ -87,6 +88,8 @@ def flash_attention_varlen(
         block_kv: keys per block; `None` lets the library choose.
         implementation: the name of an engine, or `None` to let the library choose.
         differentiation: "reverse", or "any" for forward mode and every order.
+        deterministic_backward: False lets a kernel's backward sum in whatever order its programs
+            run.
         precision: of the matrix products, as in JAX.
 
     Returns:
@@ -165,6 +168,7 @@ def flash_attention_varlen(
         "block_kv": block_kv,
         "implementation": implementation,
         "differentiation": differentiation,
+        "deterministic_backward": deterministic_backward,
         "precision": precision,
     }
     # What `dot_product_attention` does with (length, heads, dimension), under these names.

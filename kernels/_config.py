@@ -31,13 +31,16 @@ SHARED_MEMORY = 226 * 1024
 LARGEST_DIM = 256
 """The most columns that a wgmma has."""
 
-LARGEST_FUSED_DIM = 128
+LARGEST_JOINT_DIM = 128
 """Up to this dk and dv are summed by one warpgroup at once: 64 rows of both fit into registers."""
+
+LARGEST_FUSED_DIM = 64
+"""Up to this dq's share fits beside them; at 128 it spills 80 to 340 bytes, however it is cut."""
 
 REGISTERS = {1: (256, 40), 2: (240, 24), 3: (160, 24)}
 """Per thread of a computing and of the loading warpgroup, by how many compute: 504 at most."""
 
-Pass = Literal["forward", "decode", "dq", "dkv", "dbias"]
+Pass = Literal["forward", "decode", "dq", "dkv", "fused", "dbias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ TABLE: dict[Pass, dict[int, Tiles]] = {
     },
     "dq": {64: Tiles(2, 128, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
     "dkv": {64: Tiles(2, 64, 2), 128: Tiles(2, 64, 2), 192: Tiles(1, 32, 4), 256: Tiles(1, 32, 4)},
+    "fused": {64: Tiles(2, 64, 2)},
     "dbias": {
         64: Tiles(2, 64, 2),
         128: Tiles(2, 64, 2),
@@ -101,7 +105,10 @@ def shared_memory(kernel: Pass, dim: int, tiles: Tiles) -> int:
     if kernel == "dbias":
         return 2 * dim * tiles.stages * (2 * tiles.outer + streamed)
     held = tiles.outer * (1 if kernel in ("forward", "decode") else 2)
-    return 2 * dim * (held + tiles.stages * streamed)
+    size = 2 * dim * (held + tiles.stages * streamed)
+    if kernel == "fused":
+        size += tiles.warpgroups * tiles.inner * (2 * ROWS + 4 * dim)
+    return size
 
 
 def tiles(call: Call, kernel: Pass) -> Tiles:

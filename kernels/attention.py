@@ -15,7 +15,7 @@ from flash_attention_jax.kernels import (
     join,
 )
 from flash_attention_jax.kernels import operands as ops
-from flash_attention_jax.kernels._config import LARGEST_FUSED_DIM, padded, tiles
+from flash_attention_jax.kernels._config import LARGEST_FUSED_DIM, LARGEST_JOINT_DIM, padded, tiles
 from flash_attention_jax.kernels._support import interpreter
 from flash_attention_jax.kernels.join import Problem, Reference
 
@@ -85,23 +85,28 @@ def _of_q_k_v(
     sizes = over_keys
     walked = common(sizes.outer, sizes.inner)
     walked |= ops.routes(call, arrays, sizes.outer, sizes.inner, over_keys=True)
-    found = hopper_backward.query_gradient(
-        call, walked, sizes, problem.factor, gradient_dtype, interpret=interpret
-    )
-    found |= hopper_backward.query_shares(call, walked, sizes, problem.factor, interpret=interpret)
-    sizes = over_queries
+    found = hopper_backward.query_shares(call, walked, sizes, problem.factor, interpret=interpret)
+    dim = max(padded(call.dim), padded(call.v_dim))
+    together = dim <= LARGEST_JOINT_DIM
+    fused = dim <= LARGEST_FUSED_DIM and not call.deterministic_backward
+    if not fused:
+        found |= hopper_backward.query_gradient(
+            call, walked, sizes, problem.factor, gradient_dtype, interpret=interpret
+        )
+    sizes = tiles(call, "fused") if fused else over_queries
     walked = common(sizes.inner, sizes.outer, keys_first=True)
     walked |= ops.routes(call, arrays, sizes.inner, sizes.outer, over_keys=False)
-    together = max(padded(call.dim), padded(call.v_dim)) <= LARGEST_FUSED_DIM
-    for names in [("dk", "dv")] if together else [("dk",), ("dv",)]:
-        found |= hopper_backward.key_gradients(
-            call,
-            walked,
-            sizes,
-            problem.factor,
-            {name: dtype if name == "dv" else gradient_dtype for name in names},
-            interpret=interpret,
+    dtypes = {"dq": gradient_dtype, "dk": gradient_dtype, "dv": dtype}
+    if fused:
+        found |= hopper_backward.fused_gradients(
+            call, walked, sizes, problem.factor, dtypes, interpret=interpret
         )
+    else:
+        for names in [("dk", "dv")] if together else [("dk",), ("dv",)]:
+            wanted = {name: dtypes[name] for name in names}
+            found |= hopper_backward.key_gradients(
+                call, walked, sizes, problem.factor, wanted, interpret=interpret
+            )
     bias = call.shape_of("bias")
     if bias is not None and 1 not in bias[2:]:
         sizes = tiles(call, "dbias")

@@ -9,6 +9,10 @@ and their gradients feed dv and dk from registers.
 
 Where dk and dv together do not fit into the registers of a warpgroup (over 128 dimensions), the
 second kernel runs once for each.
+
+With `deterministic_backward=False`, and up to 64 dimensions, one kernel makes all three in five
+products: the programs that own keys add their share of dq in memory, by TMA, in whatever order they
+run (algorithm 2 as FlashAttention-2 and 3 have it).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flash_attention_jax._call import ROLES, Call
 from flash_attention_jax.kernels import hopper_tile as tile
-from flash_attention_jax.kernels._config import ROWS, Tiles, padded
+from flash_attention_jax.kernels._config import COLUMNS, ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_pipeline import (
     Route,
     add_product,
@@ -53,9 +57,11 @@ class Buffers(NamedTuple):
     e_ready: Any
     d_free: Any
     e_free: Any
+    ds: Any  # (warpgroups, 64, inner) and (warpgroups, inner, d): a step's share of dq, else None
+    share: Any
 
 
-def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
+def _buffers(call: Call, tiles: Tiles, *, staged: bool, fused: bool = False) -> tuple[Any, ...]:
     d, e, groups = padded(call.dim), padded(call.v_dim), tiles.warpgroups
 
     def smem(*shape: int) -> Any:
@@ -74,6 +80,14 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
         loaded,
         consumed,
         consumed,
+        smem(groups, ROWS, tiles.inner) if fused else None,
+        plgpu.SMEM(
+            (groups, tiles.inner, d),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+        )
+        if fused
+        else None,
     )
 
 
@@ -331,15 +345,79 @@ def key_gradients(
         outputs["dbias_of_keys"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     grid = (call.kv_heads, blocks.keys.count, call.batch)
     return launch(
-        "hopper_" + "_".join(dtypes),
+        "hopper_fused" if "dq" in operands else "hopper_" + "_".join(dtypes),
         lambda refs, *scoped: _key_program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         outputs,
-        _buffers(call, tiles, staged=interpret is not None),
+        _buffers(call, tiles, staged=interpret is not None, fused="dq" in operands),
         grid,
         tiles,
         interpret,
     )
+
+
+def fused_gradients(
+    call: Call,
+    operands: Operands,
+    tiles: Tiles,
+    factor: float,
+    dtypes: dict[str, Any],
+    *,
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """dq, dk and dv in one kernel; dq is summed in memory, in the order in which programs run.
+
+    Args:
+        call: The call.
+        operands: As in `key_gradients`.
+        tiles: Sizes of the tiles.
+        factor: As in `query_gradient`.
+        dtypes: Of `dq`, `dk` and `dv`.
+        interpret: Parameters of the interpreter, None = compile.
+
+    Returns:
+        As `key_gradients`, and `dq` in the call's layout, padded to whole blocks.
+    """
+    blocks = plan(call, tiles.inner, tiles.outer)
+    length = blocks.queries.count * tiles.inner
+    sizes = call.sizes() | {"i": length, "d": padded(call.dim)}
+    shape = tuple(sizes[letter] for letter in ROLES["q"][call.layout])
+    # The interpreter adds nothing in memory: there each warpgroup has a place of its own.
+    places = (blocks.keys.count * tiles.warpgroups,) if interpret is not None else ()
+    total = jax.new_ref(jnp.zeros((*places, *shape), jnp.float32))
+    wanted = {name: dtypes[name] for name in ("dk", "dv")}
+    found = key_gradients(
+        call, operands | {"dq": total}, tiles, factor, wanted, interpret=interpret
+    )
+    dq = jax.freeze(total)
+    dq = dq.sum(axis=0) if places else dq
+    gradient = 1.0 if "scale" in operands else factor / LOG2E
+    return found | {"dq": (dq * np.float32(gradient)).astype(dtypes["dq"])}
+
+
+def _add_to_dq(
+    dq: Any, index: tuple[Any, ...], place: Any, share: Any, left: Any, right: Any
+) -> None:
+    """Add left @ right, a step's share of dq, in memory.
+
+    Args:
+        dq: The sum.
+        index: Where the share lies in it.
+        place: Where the interpreter puts the share instead.
+        share: Shared memory that it passes through.
+        left: ds transposed, in shared memory.
+        right: k, in shared memory.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    rows, columns = share.shape
+    for start in range(0, columns, COLUMNS):  # at once it would not fit into the registers
+        part = pl.ds(start, COLUMNS)
+        share.at[:, part][...] = product(left, right.at[:, part], (rows, COLUMNS))
+    plgpu.commit_smem()
+    if len(dq.shape) > len(index) + 1:
+        plgpu.copy_smem_to_gmem(share, dq.at[(place, *index)])
+    else:
+        plgpu.copy_smem_to_gmem(share, dq.at[index], reduction_op="add")
 
 
 def _key_program(
@@ -435,6 +513,14 @@ def _sum_over_queries(
                 dbias = None if dbias is None else dbias + ds.sum(axis=1)
                 ds = ds if scaled is None else ds * scaled
                 dk = add_product(dk, ds.astype(q.dtype), q, staged)
+                if "dq" in refs:
+                    left = buffers.ds.at[warpgroup]
+                    left[...] = ds.astype(q.dtype)
+                    plgpu.commit_smem()
+                    at = tile.row_index(call, "q", b, h, pl.ds(first, tiles.inner))
+                    place = block * tiles.warpgroups + warpgroup
+                    share = buffers.share.at[warpgroup]
+                    _add_to_dq(refs["dq"], at, place, share, left.transpose((1, 0)), k)
             plgpu.barrier_arrive(buffers.d_free.at[slot])
             return dk, dv, dbias
 
@@ -453,6 +539,8 @@ def _sum_over_queries(
         no_bias = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), WGMMA.reduce(1))
     carry = zero("dk", call.dim), zero("dv", call.v_dim)
     dk, dv = lax.fori_loop(0, call.group_size, head, carry)
+    if "dq" in refs:
+        plgpu.wait_smem_to_gmem(0)
     if dk is not None:
         gradient = 1.0 if "scale" in refs else factor / LOG2E
         dk = dk * np.float32(gradient)

@@ -18,8 +18,7 @@ import numpy as np
 
 from flash_attention_jax import _masks
 from flash_attention_jax._call import Arrays, Call
-from flash_attention_jax._logits import finish
-from flash_attention_jax._merge import merge_stacked
+from flash_attention_jax._logits import finish, merge_stacked
 from flash_attention_jax.kernels import hopper_forward
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels._config import PROCESSORS, ROWS, tiles

@@ -129,7 +129,8 @@ def query_vectors(
             lax.broadcasted_iota(jnp.int32, (grid.shape[axis],), 0), WGMMA.reduce(1 - axis)
         )
         words = refs["words"][0], refs["words"][1]
-        first, second = _dropout.row_words(words, call.heads, b, h, i + start)
+        origin = [refs["origin"][n] for n in range(5)] if "origin" in refs else None
+        first, second = _dropout.row_words(words, call.heads, b, h, i + start, origin)
         found |= {"first": first, "second": second}
     return found
 

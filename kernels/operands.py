@@ -26,7 +26,7 @@ from flash_attention_jax.kernels._config import COLUMNS
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
 
-Operands = dict[str, jax.Array]
+Operands = dict[str, Any]  # arrays, or a reference that a kernel adds to
 
 ROW_STEP = 8
 """TMA with a swizzled tile wants the number of rows to be a multiple of this."""
@@ -198,6 +198,8 @@ def terms(
         found["scale"] = per_head(call, arrays.scale)
     if call.dropout_rate:
         found["words"] = arrays.dropout_key
+        if arrays.dropout_origin is not None:
+            found["origin"] = arrays.dropout_origin.astype(jnp.int32)
     return found
 
 

@@ -49,7 +49,7 @@ PRECISION = (
 KNOWN = (
     "Known: window, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, softcap, "
     "sinks, alibi_slopes, relative_bias, dropout_rate, dropout_key, return_lse, {}, {}, "
-    "implementation, differentiation, precision, scale, {}, causal."
+    "implementation, differentiation, precision, deterministic_backward, scale, {}, causal."
 )
 
 # What is wrong -> (function, positional arguments, keyword arguments, error, its full text).
@@ -600,6 +600,12 @@ CHOICES = {
         NotImplementedError,
         "implementation='blocked' declines this call: its custom rule has no forward mode "
         "(differentiation='any'). Use implementation=None to let the library choose.",
+    ),
+    "deterministic_backward that is no flag": (
+        (flash, Q, {"deterministic_backward": 1}),
+        TypeError,
+        "`deterministic_backward` must be True or False, got int 1. It is static: "
+        "pass a Python bool.",
     ),
     "unknown differentiation": (
         (flash, Q, {"differentiation": "forward"}),

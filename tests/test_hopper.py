@@ -1,6 +1,7 @@
 """The Hopper kernels without a GPU: interpreted with race detection, chosen, lowered, declined."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -300,6 +301,53 @@ def test_few_queries_against_many_keys_are_split(q, k, options, count):
     options = {name: shape(*sizes, dtype=jnp.float32) for name, sizes in options.items()}
     reading = _read.read(shape(*q), shape(*k), shape(*k), None, options, **HOPPER)
     assert hopper_decode.parts(reading.call) == count
+
+
+@needs_interpreter
+def test_gradients_from_one_kernel_are_those_from_three(interpreted):
+    keys = jax.random.split(jax.random.key(4), 4)
+    shapes = ((1, 2, 150, 16), (1, 1, 270, 16), (1, 1, 270, 16), (1, 2, 150, 16))
+    q, k, v, dout = (
+        jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True)
+    )
+
+    def run(*, deterministic_backward):
+        def function(q, k, v, return_lse):
+            return flash_attention(
+                q,
+                k,
+                v,
+                causal=True,
+                return_lse=return_lse,
+                implementation="hopper",
+                deterministic_backward=deterministic_backward,
+            )
+
+        return gradients(function, q, k, v, dout)
+
+    found, want = run(deterministic_backward=False), run(deterministic_backward=True)
+    for name in want:
+        have, exact = (np.asarray(results[name], np.float32) for results in (found, want))
+        assert np.abs(have - exact).max() <= 2.0**-7 * np.abs(exact).max(), name
+    assert np.array_equal(np.asarray(found["dk"]), np.asarray(want["dk"]))
+
+
+@needs_interpreter
+def test_dropout_of_a_part_has_the_bits_of_the_whole(interpreted):
+    # Equal logits, and values that are unit vectors: the output shows which keys were kept.
+    q, v = jnp.zeros((1, 1, 16, 8), jnp.bfloat16), jnp.eye(16, dtype=jnp.bfloat16)[None, None]
+    reading = _read.read(
+        q, q, v, None, {"dropout_rate": 0.4, "dropout_key": jax.random.key(7)}, **HOPPER
+    )
+    arrays = _read.arrays(reading.call, reading.given)
+    arrays = arrays._replace(dropout_origin=jnp.array([6, 2, 3, 40, 50], jnp.int32))
+    call = dataclasses.replace(reading.call, interpret=True)
+    found, _ = attention.attend(_blocked.attend, call, arrays)
+    want, _ = _blocked.attend(call, arrays)
+    alone, _ = _blocked.attend(call, arrays._replace(dropout_origin=None))
+    kept = [np.asarray(x, np.float32) != 0 for x in (found, want, alone)]
+    assert np.array_equal(kept[0], kept[1])
+    assert not np.array_equal(kept[1], kept[2])
 
 
 @needs_interpreter

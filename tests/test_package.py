@@ -50,8 +50,9 @@ MODULES = {
 def part(module: str) -> str:
     """The word that names a module's layer: `_dense`, `kernels`; "" for the package itself."""
     inside = module.removeprefix(PACKAGE).lstrip(".")
-    # A command beside the kernels, not one of them: it builds calls as a user would.
-    return inside if inside == "kernels.compile" else inside.split(".")[0]
+    # Commands beside the kernels, none of them: they build calls as a user would.
+    commands = ("kernels.compile", "kernels.triton_compile", "kernels.tune")
+    return inside if inside in commands else inside.split(".")[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:

@@ -29,7 +29,8 @@ COSINE = (
 PACKED = (
     "similarity='dot', causal=False, window=None, scale=None, softcap=None, sinks=None, "
     "alibi_slopes=None, dropout_rate=0.0, dropout_key=None, return_lse=False, block_q=None, "
-    "block_kv=None, implementation=None, differentiation='reverse', precision=None"
+    "block_kv=None, implementation=None, differentiation='reverse', "
+    "deterministic_backward=True, precision=None"
 )
 SIGNATURES = {
     "PRNGKeyGenerator": "seed=42",
@@ -49,7 +50,8 @@ SIGNATURES = {
         "implementation=None, return_residual=False, similarity='dot', groups=1, l2norm_qk=True, "
         "q_offset=None, q_segment_ids=None, kv_segment_ids=None, logits_soft_cap=None, "
         "sinks=None, alibi_slopes=None, relative_bias=None, dropout_rate=0.0, dropout_key=None, "
-        "block_q=None, block_kv=None, differentiation='reverse', precision=None"
+        "block_q=None, block_kv=None, differentiation='reverse', deterministic_backward=True, "
+        "precision=None"
     ),
     "explain": (
         "q, k, v, mask=None, *, similarity='dot', layout='heads_first', platform=None, "
@@ -85,6 +87,7 @@ COMMON = [
     *("window", "q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths"),
     *("softcap", "sinks", "alibi_slopes", "relative_bias", "dropout_rate", "dropout_key"),
     *("return_lse", "block_q", "block_kv", "implementation", "differentiation", "precision"),
+    "deterministic_backward",
 ]
 
 
