@@ -1,7 +1,8 @@
 """Tiles of the Triton kernels: one table, by compute capability, direction and head dimension.
 
 The table holds what compiles for a causal call without a spill and fits into the shared memory of
-each architecture (`triton_compile.py` says so); nothing in it has been timed yet.
+each architecture (`triton_compile.py` says so); nothing in it has been timed yet. What `tune`
+measured on the GPU at hand and stored comes before it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flash_attention_jax._call import Call
+from flash_attention_jax.kernels import stored
 
 LARGEST_DIM = 256
 SMALLEST_CAPABILITY = (8, 0)
@@ -135,7 +137,12 @@ def tiles_of(call: Call, direction: Direction) -> Tiles:
     if call.interpret:
         return INTERPRETED
     capability = call.capability or SMALLEST_CAPABILITY
-    return tiles(capability, max(call.dim, call.v_dim), call.causal, call.dtype, direction)
+    dim = max(call.dim, call.v_dim)
+    name = stored.key("triton", direction, padded(dim), banded=call.banded, dtype=call.dtype)
+    measured = stored.lookup(name, ("block_q", "block_kv", "num_warps", "num_stages"))
+    if measured is not None:
+        return Tiles(**measured)
+    return tiles(capability, dim, call.causal, call.dtype, direction)
 
 
 # --- precision ---

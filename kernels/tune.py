@@ -14,16 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from flash_attention_jax import explain, flash_attention
-from flash_attention_jax.kernels import _config, stored
+from flash_attention_jax.kernels import _config, _support, stored, triton_config, triton_support
 
 PROG = "flash-attention-jax tune"
-DIRECTIONS: tuple[_config.Pass, ...] = ("forward", "decode", "dq", "dkv")
+DIRECTIONS = {"hopper": ("forward", "decode", "dq", "dkv"), "triton": ("forward", "dq", "dkv")}
+ASKED = jax.ShapeDtypeStruct((1, 1, 128, 64), jnp.bfloat16)
 
 
 class Kernel(NamedTuple):
@@ -50,6 +51,19 @@ def hopper_candidates(direction: _config.Pass, dim: int) -> Iterator[stored.Entr
         tiles = _config.Tiles(groups, inner, stages)
         if _config.shared_memory(direction, dim, tiles) <= _config.SHARED_MEMORY:
             yield dataclasses.asdict(tiles)
+
+
+def candidates(kernel: Kernel, capability: tuple[int, int]) -> list[stored.Entry]:
+    """What is tried: the table's own tiles first."""
+    if kernel.backend == "triton":
+        direction = cast(triton_config.Direction, kernel.direction)
+        own = triton_config.tiles(capability, kernel.dim, kernel.causal, kernel.dtype, direction)
+        others = map(dataclasses.asdict, triton_config.CANDIDATES[direction])
+    else:
+        own = _config.TABLE[cast(_config.Pass, kernel.direction)][kernel.dim]
+        others = hopper_candidates(cast(_config.Pass, kernel.direction), kernel.dim)
+    first = dataclasses.asdict(own)
+    return [first, *(entry for entry in others if entry != first)]
 
 
 def build(kernel: Kernel, entry: stored.Entry, *, length: int, heads: int) -> Callable[[], Any]:
@@ -95,14 +109,14 @@ def fastest(
 
 def tune(
     kernel: Kernel,
-    candidates: Sequence[stored.Entry],
+    tried: Sequence[stored.Entry],
     builder: Callable[[Kernel, stored.Entry], Callable[[], Any]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[stored.Entry, dict[int, float]] | None:
     """The fastest candidate and the median of each that compiles; None where none does."""
     runs: dict[int, Callable[[], Any]] = {}
-    for n, entry in enumerate(candidates):
+    for n, entry in enumerate(tried):
         try:
             runs[n] = builder(kernel, entry)
         except Exception as error:  # noqa: BLE001 (a candidate that does not compile is no failure)
@@ -110,15 +124,15 @@ def tune(
     if not runs:
         return None
     medians = fastest(runs, rounds, clock)
-    return dict(candidates[min(medians, key=medians.__getitem__)]), medians
+    return dict(tried[min(medians, key=medians.__getitem__)]), medians
 
 
-def why_not() -> str | None:
-    """Why nothing can be measured here."""
+def why_not(backend: str) -> str | None:
+    """Why nothing of a backend can be measured here."""
     if stored.device_kind() is None:
         return "JAX sees no NVIDIA GPU, and tiles are measured on the one that will use them"
-    q = jax.ShapeDtypeStruct((1, 1, 128, 64), jnp.bfloat16)
-    return explain(q, q, q).reasons.get("hopper")
+    declines = {"hopper": _support.hopper_why_not, "triton": triton_support.why_not}
+    return declines[backend](explain(ASKED, ASKED, ASKED).call)
 
 
 def tune_main(argv: Sequence[str] | None = None) -> int:
@@ -132,35 +146,43 @@ def tune_main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
     add = parser.add_argument
+    add("--backend", choices=tuple(DIRECTIONS), default="hopper", help="whose kernels")
     add("--dims", type=int, nargs="+", default=[64, 128, 256], help="head dimensions")
-    add("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="which kernels")
-    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    add("--directions", nargs="+", choices=DIRECTIONS["hopper"], help="which kernels; else all")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--length", type=int, default=4096, help="queries and keys")
     add("--heads", type=int, default=16, help="heads")
     add("--rounds", type=int, default=7, help="rounds of which the median is taken")
     add("--out", type=Path, help=f"the file; else in ${stored.FOLDER_VARIABLE} or the user's cache")
     args = parser.parse_args(argv)
-    reason = why_not()
+    unknown = set(args.directions or ()) - set(DIRECTIONS[args.backend])
+    if unknown:
+        known = ", ".join(DIRECTIONS[args.backend])
+        parser.error(f"{args.backend} has no {', '.join(sorted(unknown))}; it has {known}")
+    if args.backend == "hopper" and args.dtype == "float32":
+        parser.error("hopper takes no float32: choose --backend triton, or another --dtype")
+    reason = why_not(args.backend)
     if reason is not None:
         print(f"{PROG}: error: {reason}", file=sys.stderr)
         return 2
     device = stored.device_kind() or ""
+    capability = explain(ASKED, ASKED, ASKED).call.capability
+    padded = _config.padded if args.backend == "hopper" else triton_config.padded
 
     def builder(kernel: Kernel, entry: stored.Entry) -> Callable[[], Any]:
         return build(kernel, entry, length=args.length, heads=args.heads)
 
-    for dim, direction, causal in itertools.product(args.dims, args.directions, (False, True)):
-        padded = _config.padded(dim)
-        kernel = Kernel("hopper", direction, padded, causal, args.dtype)
-        own = dataclasses.asdict(_config.TABLE[direction][padded])
-        others = [x for x in hopper_candidates(direction, padded) if x != own]
-        found = tune(kernel, [own, *others], builder, args.rounds)
+    directions = args.directions or DIRECTIONS[args.backend]
+    for dim, direction, causal in itertools.product(args.dims, directions, (False, True)):
+        kernel = Kernel(args.backend, direction, padded(dim), causal, args.dtype)
+        found = tune(kernel, candidates(kernel, capability), builder, args.rounds)
         if found is None:
             print(f"{kernel.name}: nothing compiles")
             continue
         entry, medians = found
-        before = f"{medians[0] / min(medians.values()):.2f}x the table's" if 0 in medians else ""
-        print(f"{kernel.name}: {entry}, {min(medians.values()) * 1e3:.3f} ms, {before}")
+        least = min(medians.values())
+        before = f", {medians[0] / least:.2f}x the table's" if 0 in medians else ""
+        print(f"{kernel.name}: {entry}, {least * 1e3:.3f} ms{before}")
         # After each, so that an interruption loses one kernel.
         path = stored.write(device, {kernel.name: entry}, args.out)
         print(f"  stored in {path}", flush=True)

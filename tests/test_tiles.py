@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from flash_attention_jax import _read
-from flash_attention_jax.kernels import _config, stored, tune
+from flash_attention_jax.kernels import _config, stored, triton_config, tune
 
 DEVICE = "NVIDIA H200"
 NAME = stored.key("hopper", "forward", 64, banded=True, dtype="bfloat16")
@@ -103,7 +103,7 @@ def test_nothing_is_read_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_candidates_fit_into_shared_memory():
-    for direction in tune.DIRECTIONS:
+    for direction in tune.DIRECTIONS["hopper"]:
         for dim in (64, 128, 192, 256):
             found = list(tune.hopper_candidates(direction, dim))
             assert found
@@ -136,10 +136,42 @@ def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
     assert medians == {0: 3, 2: 2, 3: 1}
 
 
+def test_triton_takes_stored_tiles_too(folder):
+    q = jax.ShapeDtypeStruct((1, 8, 512, 80), jnp.bfloat16)
+    call = _read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
+    own = triton_config.tiles((8, 0), 80, False, "bfloat16", "dq")
+    assert triton_config.tiles_of(call, "dq") == own
+    kernel = tune.Kernel("triton", "dq", 128, False, "bfloat16")
+    first, second, *rest = tune.candidates(kernel, (8, 0))
+    assert first == dataclasses.asdict(own)
+    assert first not in (second, *rest)
+    stored.write(DEVICE, {kernel.name: second})
+    assert triton_config.tiles_of(call, "dq") == triton_config.Tiles(**second)
+
+
 def test_trial_is_what_is_traced(folder):
     with stored.trial({NAME: {"warpgroups": 1, "inner": 32, "stages": 2}}):
         assert _config.tiles(call_of(causal=True), "forward") == _config.Tiles(1, 32, 2)
     assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ["--backend", "triton", "--directions", "decode"],
+            "triton has no decode; it has forward, dq, dkv",
+        ),
+        (
+            ["--dtype", "float32"],
+            "hopper takes no float32: choose --backend triton, or another --dtype",
+        ),
+    ],
+)
+def test_tune_refuses_what_it_cannot_measure(arguments, text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune.tune_main(arguments)
+    assert capsys.readouterr().err.endswith(f"flash-attention-jax tune: error: {text}\n")
 
 
 def test_tune_says_what_is_missing(capsys):
