@@ -20,7 +20,8 @@ def load(name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        missing = getattr(error.__cause__, "name", None) or ""
+        # A shell's error has the missing package as its cause; the kernels import theirs plainly.
+        missing = getattr(error.__cause__ or error, "name", None) or ""
         if missing.split(".")[0] not in OPTIONAL:
             raise
         pytest.skip(f"needs {missing}")
