@@ -111,6 +111,7 @@ def memory(lengths: tuple[int, ...], data: str | None) -> list[dict[str, Any]]:
 def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
     """Trains on single sequences; the peak of this process, and what the compiler sets aside."""
     from flash_attention_jax import _loop
+    from flash_attention_jax._fleet import Fleet
     from flash_attention_jax.data import load_text
     from flash_attention_jax.train import fit
 
@@ -121,7 +122,7 @@ def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
         peak = measure.peak_bytes()
         tokens = text.batch(seed=0, step=0, batch=1, seq_len=length)[None]
         arguments = state["params"], state["optimizer"], tokens, np.int32(0)
-        build = _loop._update.lower(config, *arguments).compile()  # noqa: SLF001
+        build = _loop._update.lower(config, Fleet(), *arguments).compile()  # noqa: SLF001
         analysis: Any = build.memory_analysis()
     return {
         "attention": attention,

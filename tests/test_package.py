@@ -224,8 +224,10 @@ def test_plain_install_is_light(distribution):
 
 
 def test_no_requirement_has_an_upper_bound(distribution):
-    specifiers = [need.split(";")[0] for need in distribution.requires or []]
-    assert [need for need in specifiers if "<" in need or "==" in need or "~=" in need] == []
+    specifiers = {need.split(";")[0].replace(" ", "") for need in distribution.requires or []}
+    bounded = {need for need in specifiers if "<" in need or "==" in need or "~=" in need}
+    # jax-triton reaches into jax; its next release does not lower on the newest.
+    assert bounded == {"jax-triton==0.3.1"}
 
 
 def test_command_is_installed(distribution):

@@ -260,7 +260,7 @@ def test_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
 
 def test_progress_shows_the_speed_without_the_first_step(capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), accumulate=2)
-    with _loop._progress(config, 0, "train") as progress:
+    with _loop._progress(config, 0, "train", shown=True) as progress:
         for loss, seconds in ((9.0, 60.0), (7.0, 0.25), (5.0, 0.75)):
             progress({"bits_per_byte": np.float32(loss)}, seconds)
     # 2 batches of 4 sequences of 16 tokens in half a second on average.
