@@ -94,6 +94,10 @@ TABLE: dict[Pass, dict[int, Tiles]] = {
 }
 
 
+BUSY = {128: Tiles(2, 32, 4), 256: Tiles(1, 16, 8)}
+"""For dk and dv of a call of which more than a mask stands between product and probabilities."""
+
+
 def padded(dim: int) -> int:
     """A head dimension as a tile holds it."""
     return -(-dim // COLUMNS) * COLUMNS
@@ -114,8 +118,8 @@ def shared_memory(kernel: Pass, dim: int, tiles: Tiles) -> int:
 def tiles(call: Call, kernel: Pass) -> Tiles:
     """The tiles of one kernel for a call: measured ones where there are any, else the table's."""
     dim = max(padded(call.dim), padded(call.v_dim))
-    if kernel == "dkv" and dim == 128 and _busy(call):
-        return Tiles(2, 32, 4)
+    if kernel == "dkv" and dim in BUSY and _busy(call):
+        return BUSY[dim]
     if not call.interpret:
         name = stored.key("hopper", kernel, dim, banded=call.banded, dtype=call.dtype)
         found = stored.lookup(name, ("warpgroups", "inner", "stages"))
@@ -143,7 +147,7 @@ def _unusable(kernel: Pass, dim: int, entry: stored.Entry) -> str | None:
 def _busy(call: Call) -> bool:
     """Whether more than a mask stands between the product and the probabilities.
 
-    At 128 dimensions dk, dv and a tile of 64 queries leave no register for it: 32 then.
+    Beside dk, dv and a tile of the usual size no register is left for it at some dimensions.
     """
     extras = ("scale", "alibi_slopes", "q_segment_ids", "mask", "bias")
     return (

@@ -37,11 +37,8 @@ _NO_INDEX = ((),) if _index is not None and _index.default is inspect.Parameter.
 
 def tiled(inner: int) -> tuple[Any, ...]:
     """How tiles lie in shared memory: a wgmma over `inner` rows wants swizzled lines no longer."""
-    return (
-        (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        if inner % 64 == 0
-        else (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-    )
+    line = next(line for line in (64, 32, 16) if inner % line == 0)
+    return plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,6 +140,7 @@ SEVERAL = {
     "more keys": {"causal": True, "kv_len": 333},
     "more queries": {"causal": True, "kv_len": 150},
     "unlike dimensions": {"dim": 72, "v_dim": 136},
+    "200 dimensions and a softcap": {"causal": True, "dim": 200, "softcap": 5.0},
     "segments": {"segments": True},
     "heads last": {"heads_last": True, "causal": True},
 }
