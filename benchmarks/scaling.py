@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py                virtual CPU devices of this process
     python benchmarks/scaling.py --devices gpu  the GPUs of this machine
+    python benchmarks/scaling.py --compile      8 H200s that are not there: the program alone
 
 Virtual devices share the cores of one machine: their times say what the ring costs beside the
 computation, and nothing of a network. Bytes and memory are the compiled program's, and hold
@@ -11,10 +12,12 @@ anywhere. Writes results/scaling.json and results/scaling.png.
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -60,7 +63,7 @@ def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dic
         jax.block_until_ready(compiled(q, k, v, dout))
         times.append(time.perf_counter() - start)
     said = explain_context_parallel(q, k, v, **options)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     # At least: each device sees every key and value that a causal query of it reads, once, and
     # sends back its share of their gradients.
     item = jnp.dtype(dtype).itemsize
@@ -79,7 +82,56 @@ def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dic
     }
 
 
-def draw(rows: list[dict[str, Any]], path: Path, what: str) -> None:
+def compiled_for_gpus(count: int, length: int) -> str:
+    """What XLA makes of a ring over Hopper GPUs that are only described."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from flash_attention_jax.kernels import compile as deviceless
+    from flash_attention_jax.sharding import context_parallel_attention
+
+    reason = deviceless.why_not()
+    if reason is not None:
+        return f"Nothing was compiled for GPUs: {reason}."
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=deviceless.H200,
+        topology=f"1x1x{count}",
+    )
+    mesh = Mesh(np.array(described.devices), ("context",))
+    place = NamedSharding(mesh, PartitionSpec(None, None, "context"))
+    x = jax.ShapeDtypeStruct((1, HEADS, length, DIM), jnp.bfloat16, sharding=place)
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh,
+        causal=True,
+        context_parallel="ring",
+        implementation="blocked",
+    )
+
+    def both(q: Any, k: Any, v: Any, dout: Any) -> Any:
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(dout)
+
+    start = time.perf_counter()
+    compiled = jax.jit(both).trace(x, x, x, x).lower().compile()
+    seconds = time.perf_counter() - start
+    names = "collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter"
+    found = collections.Counter(re.findall(rf"\b({names})(?:-start)?\(", str(compiled.as_text())))
+    sent = ", ".join(f"{number} {name}" for name, number in sorted(found.items()))
+    memory: Any = compiled.memory_analysis()
+    return (
+        f"{count} H200s, {length} tokens, causal, bfloat16, forward and backward: {sent} in the "
+        f"program (most of them in loops), {memory.temp_size_in_bytes / 2**20:.0f} MiB temporary "
+        f"on each, compiled in {seconds:.0f} s"
+    )
+
+
+def draw(rows: list[dict[str, Any]], path: Path, what: str, virtual: bool) -> None:
     """Time against devices, strong and weak, with the ideal."""
     import matplotlib as mpl
 
@@ -92,6 +144,16 @@ def draw(rows: list[dict[str, Any]], path: Path, what: str) -> None:
             mine = [row for row in rows if row["kind"] == kind and row["way"] == way]
             counts, times = [r["devices"] for r in mine], [r["seconds"] for r in mine]
             place.plot(counts, times, "o-", label=way)
+        first = next(row for row in rows if row["kind"] == kind)
+        steps = [row for row in rows if row["kind"] == kind and row["way"] == "ring"]
+        # Virtual devices share the cores that one device has already.
+        ideal = [
+            first["seconds"]
+            * (r["length"] / first["length"]) ** 2
+            / (1 if virtual else r["devices"])
+            for r in steps
+        ]
+        place.plot([r["devices"] for r in steps], ideal, "k--", label="the same work, no more")
         place.set(xlabel="devices", ylabel="seconds, forward and backward", title=kind)
         place.set(xscale="log", yscale="log")
     for way in ("ring", "zigzag", "ulysses"):
@@ -107,7 +169,9 @@ def draw(rows: list[dict[str, Any]], path: Path, what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--devices", choices=("cpu", "gpu"), default="cpu", help="which")
     parser.add_argument("--most", type=int, default=8, help="largest number of devices")
     parser.add_argument("--strong", type=int, default=4096, help="tokens in all")
@@ -115,7 +179,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--compile", action="store_true", help="compile for GPUs, run nothing")
     args = parser.parse_args()
+    if args.compile:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        print(compiled_for_gpus(args.most, args.strong))
+        return
     if args.devices == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
         flags = f"{flags} --xla_force_host_platform_device_count={args.most}"
@@ -153,7 +222,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(rows, args.out / "scaling.png", what)
+    draw(rows, args.out / "scaling.png", what, virtual)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Sharding: claims about 8 devices, run in a process that has so many; and what is refused."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -37,6 +38,24 @@ def test_eight_devices_agree_with_one():
         check=False,
     )
     assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
+
+
+def test_ring_compiles_for_gpus_that_are_not_there_or_says_what_is_missing():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/scaling.py", "--compile", "--most", "4", "--strong", "1024"],
+        cwd=TESTS.parent,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        said = "Nothing was compiled for GPUs: jax-cuda13-plugin is not installed."
+        assert run.stdout.strip() == said
+    else:
+        assert "collective-permute in the program" in run.stdout
 
 
 # --- what is chosen, and why ---
