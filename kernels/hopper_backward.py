@@ -167,7 +167,7 @@ def query_shares(
         (B, N, T padded) each, and nothing where the call has no such number: the shares `dslopes`
         of ALiBi, `dscale`, and `dbias_of_queries` of a bias that is the same for all keys. `dp`,
         the mean of the gradient of the probabilities, and the weights of the first two are for
-        `join`, which corrects them.
+        `join`, which corrects them, and the gradient of sinks.
     """
     names = [
         name
@@ -175,7 +175,7 @@ def query_shares(
         if term in operands
         for name in (f"d{term}", f"d{term}_weight")
     ]
-    names = ["dp", *names] if names else []
+    names = ["dp", *names] if names or call.has("sinks") else []
     bias = call.shape_of("bias")
     if bias is not None and bias[3] == 1:
         names.append("dbias_of_queries")

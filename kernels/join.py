@@ -149,7 +149,8 @@ def _backward(
     if arrays.sinks is not None:
         # A sink is a key without a value: its dP is zero.
         sinks = ops.per_head(call, arrays.sinks)[:, None]
-        shares = -(jnp.exp(sinks - lse) * delta).sum(axis=(0, 2))
+        exact = found["dp"][:, :, : call.q_len] - dlse if "dp" in found else delta
+        shares = -(jnp.exp(sinks - lse) * exact).sum(axis=(0, 2))
         gradients["sinks"] = _to_shape(shares, arrays.sinks)
     return gradients
 
