@@ -3,9 +3,8 @@
     rows of a program = 64 * warpgroups     (64 is the height of a wgmma; a warpgroup holds its own)
     shared memory     = 2 bytes * (warpgroups * 64 * dims held + stages * inner * dims streamed)
 
-The table holds what compiles for sm_90a without a spill, but for a few bytes in dk at 256
-dimensions (`compile.py` says where); nothing in it has been timed yet. What `tune` measured on the
-GPU at hand and stored comes before it.
+The table holds what compiles for sm_90a without a spill (`compile.py` says so); nothing in it has
+been timed yet. What `tune` measured on the GPU at hand and stored comes before it.
 """
 
 from __future__ import annotations
