@@ -26,7 +26,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench bench-micro plots compile-gpu test-triton compile-triton test-gpu bench-gpu train notebooks clean FORCE
+.PHONY: help demo test lint bench bench-micro plots compile-gpu compile-hopper test-triton compile-triton test-gpu bench-gpu train notebooks clean FORCE
 
 help: ## show this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -52,7 +52,9 @@ bench-micro: $(VENV)/.bench $(VENV)/.torch ## a small set in under two minutes, 
 plots: $(VENV)/.bench ## draw every table and picture of README.md from benchmarks/results
 	$(RUN) benchmarks/redraw.py $(ARGS)
 
-compile-gpu: $(VENV)/.test ## compile every kernel for an H200 without one; says so where the CUDA plugin is missing
+compile-gpu: compile-hopper compile-triton ## compile every kernel for GPUs that are not there
+
+compile-hopper: $(VENV)/.test ## compile the Hopper kernels for an H200 without one; says so where the CUDA plugin is missing
 	$(RUN) -m flash_attention_jax.kernels.compile $(ARGS)
 
 test-triton: .venv-triton/.triton ## run the Triton kernels interpreted on the CPU, and lower them for CUDA
