@@ -162,7 +162,11 @@ def draw(rows: list[dict[str, Any]], path: Path, what: str, virtual: bool) -> No
         axes[2].plot([r["devices"] for r in mine], memory, "o-", label=way)
     axes[2].set(xlabel="devices", ylabel="MiB of each device", title="weak: temporary memory")
     axes[2].set(xscale="log", ylim=(0, None))
-    axes[0].legend()
+    counts = sorted({row["devices"] for row in rows})
+    for place in axes:
+        place.minorticks_off()
+        place.set_xticks(counts, [str(n) for n in counts])
+    axes[1].legend()
     figure.suptitle(what)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
