@@ -56,7 +56,7 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
             256: Tiles(64, 32, 8, 2),
         },
         "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
-        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 64, 8, 1)},
+        "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 1)},
     },
     "small": {  # 99 KiB, mma: sm_86, sm_89, sm_120
         "forward": {
