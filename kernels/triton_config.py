@@ -141,8 +141,23 @@ def tiles_of(call: Call, direction: Direction) -> Tiles:
     name = stored.key("triton", direction, padded(dim), banded=call.banded, dtype=call.dtype)
     measured = stored.lookup(name, ("block_q", "block_kv", "num_warps", "num_stages"))
     if measured is not None:
-        return Tiles(**measured)
-    return tiles(capability, dim, call.causal, call.dtype, direction)
+        found = Tiles(**measured)
+    else:
+        found = tiles(capability, dim, call.causal, call.dtype, direction)
+    if any(call.has(term) for term in OF_PAIRS):
+        return _roomier(found, direction)
+    return found
+
+
+OF_PAIRS = ("bias", "mask", "relative_bias")
+"""Terms of which a kernel reads a tile as large as that of the scores."""
+
+
+def _roomier(tiles: Tiles, direction: Direction) -> Tiles:
+    """Half of what is streamed, and one step in flight: else the shared memory does not suffice."""
+    streamed = "block_q" if direction == "dkv" else "block_kv"
+    half = max(16, getattr(tiles, streamed) // 2)
+    return dataclasses.replace(tiles, num_stages=1, **{streamed: half})
 
 
 # --- precision ---
