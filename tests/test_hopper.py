@@ -399,12 +399,14 @@ TRANSFORMS = {
 
 
 @needs_interpreter
+@pytest.mark.parametrize("deterministic", [True, False], ids=["split", "fused"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_kernels_pass_through_transformations(name, interpreted):
+def test_kernels_pass_through_transformations(name, deterministic, interpreted):
     q = jax.random.normal(jax.random.key(0), (1, 1, 20, 8), jnp.bfloat16)
+    how = {"implementation": "hopper", "deterministic_backward": deterministic}
 
     def function(q):
-        return flash_attention(q, q, q, causal=True, implementation="hopper")
+        return flash_attention(q, q, q, causal=True, **how)
 
     def gradient(function):
         return jax.grad(lambda q: jnp.sin(function(q).astype(jnp.float32)).sum())(q)
