@@ -54,10 +54,9 @@ def why_not(device: str) -> str | None:
 
 def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], None]]:
     """What is timed; each returns when its work is done."""
-    import torch
-
     from flash_attention_jax.torch import jax2torch
 
+    torch: Any = peers_torch.torch_or_reason()[0]
     generator = torch.Generator().manual_seed(0)
     shape, dtype = (1, HEADS, length, DIM), getattr(torch, DTYPES[device])
     q, k, v, ct = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))

@@ -7,6 +7,7 @@ is compiled for, so that every load is known to be aligned.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from typing import Any
 
@@ -216,17 +217,20 @@ def _interpret(
         ]
 
 
-def _storage(dtype: Any) -> Any:
-    import torch
+def _torch() -> Any:
+    """Imported by name, so that types can be checked where there is no torch."""
+    return importlib.import_module("torch")
 
+
+def _storage(dtype: Any) -> Any:
+    torch = _torch()
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return sizes[np.dtype(dtype).itemsize]
 
 
 def _to_torch(x: np.ndarray) -> Any:
     """A tensor with the same bytes: NumPy has no bfloat16 that torch takes."""
-    import torch
-
+    torch = _torch()
     kind = {"bfloat16": torch.bfloat16, "bool": torch.bool}.get(str(x.dtype))
     x = np.ascontiguousarray(x)
     if kind is None:
