@@ -29,6 +29,7 @@ LAUNCHED: dict[Direction, tuple[Any, bool | None]] = {
     "forward": (triton_forward.triton_forward, True),
     "dq": (triton_backward.triton_dq, True),
     "dkv": (triton_backward.triton_dkv, False),
+    "shares": (triton_backward.triton_shares, True),
     "dbias": (triton_backward.triton_dbias, None),
     "drelative": (triton_backward.triton_drelative, None),
 }
@@ -115,10 +116,7 @@ def _run_gradients(problem: Problem, given: Given) -> dict[str, jax.Array]:
         )
         for name in "qkv"
     )
-    terms = {"dslopes": arrays.alibi_slopes, "dscale": arrays.scale}
-    shares = {name: _shares(call, term) for name, term in terms.items()}
-    found = _launch(problem, arrays, "dq", read, {"dq": dq} | shares)
-    found = {name: x for name, x in found.items() if terms.get(name, dq) is not None}
+    found = _launch(problem, arrays, "dq", read, {"dq": dq})
     found |= _launch(problem, arrays, "dkv", read, {"dk": dk, "dv": dv})
     if arrays.bias is not None:
         made = {"dbias": jax.ShapeDtypeStruct(arrays.bias.shape, jnp.float32)}
@@ -126,13 +124,29 @@ def _run_gradients(problem: Problem, given: Given) -> dict[str, jax.Array]:
     if arrays.relative_bias is not None:
         made = {"drelative": jax.ShapeDtypeStruct(arrays.relative_bias.shape, jnp.float32)}
         found["drelative_bias"] = _launch(problem, arrays, "drelative", read, made)["drelative"]
-    return found
+    return found | _shares(problem, arrays, read)
 
 
-def _shares(call: Call, term: jax.Array | None) -> jax.ShapeDtypeStruct:
-    """A number per query; one in all where nothing is written."""
-    rows = (1,) if term is None else (call.batch, call.heads, call.q_len)
-    return jax.ShapeDtypeStruct(rows, jnp.float32)
+def _shares(problem: Problem, arrays: Arrays, read: Given) -> dict[str, jax.Array]:
+    """What each query gives the gradients of its head's numbers, (B, N, T), if there are any."""
+    call = problem.call
+    wanted = {
+        "dp": True,
+        "dslopes": arrays.alibi_slopes is not None,
+        "dslopes_weight": arrays.alibi_slopes is not None,
+        "dscale": arrays.scale is not None,
+        "dscale_weight": arrays.scale is not None,
+    }
+    if arrays.sinks is None and not wanted["dslopes"] and not wanted["dscale"]:
+        return {}
+    made = {  # one number in all where nothing is written
+        name: jax.ShapeDtypeStruct(
+            (call.batch, call.heads, call.q_len) if asked else (1,), jnp.float32
+        )
+        for name, asked in wanted.items()
+    }
+    found = _launch(problem, arrays, "shares", read, made)
+    return {name: found[name] for name, asked in wanted.items() if asked}
 
 
 KERNELS = join.Kernels(_forward, _gradients)

@@ -1,9 +1,9 @@
 """Backward on any NVIDIA GPU from Ampere on, bit for bit the same each time.
 
 FlashAttention-2 (Dao 2023), algorithm 2, split so that each gradient is summed by the program that
-owns it, in a fixed order: `triton_dq` owns blocks of queries, `triton_dkv` blocks of keys, and the
-other two blocks of what they differentiate. Each makes the scores of its tiles anew; in return
-nothing is added in memory, and nothing depends on which program ran first.
+owns it, in a fixed order: `triton_dq` and `triton_shares` own blocks of queries, `triton_dkv`
+blocks of keys, and the other two blocks of what they differentiate. Each makes the scores of its
+tiles anew; in return nothing is added in memory, and nothing depends on which program ran first.
 """
 
 # Triton's language only looks like Python: a checker sees neither its constants nor its tensors.
@@ -46,6 +46,59 @@ def _load_sums(lse2, delta, spec: tl.constexpr, b, h, queries):
 
 
 @triton.jit
+def _load_block(refs, spec: tl.constexpr, dout, lse2, delta, OUTERS: tl.constexpr):
+    """Which block of queries a program owns, and all that it reads of it."""
+    BLOCK_Q: tl.constexpr = spec.block_q
+    program = tl.program_id(0)
+    block = program % OUTERS
+    h = program // OUTERS % spec.heads
+    b = program // (OUTERS * spec.heads)
+    if spec.causal:
+        block = OUTERS - 1 - block  # the longest first
+    at = b, h, block * BLOCK_Q
+    queries = load_queries(refs, spec, b, h, block * BLOCK_Q, BLOCK_Q)
+    sums = _load_sums(lse2, delta, spec, b, h, queries)
+    rows = load_rows(refs.q, spec.q, at, queries.inside, BLOCK_Q, spec.dim, spec.block_d, True)
+    cotangent = load_rows(
+        dout, spec.out, at, queries.inside, BLOCK_Q, spec.v_dim, spec.block_e, True
+    )
+    return b, h, block, queries, sums, rows, cotangent
+
+
+@triton.jit
+def _scores_of_keys(
+    refs,
+    spec: tl.constexpr,
+    b,
+    h,
+    queries,
+    sums,
+    rows,
+    cotangent,
+    key_block,
+    MASKED: tl.constexpr,
+):
+    """The keys of a tile and their positions, both products, and what `logit_gradients` finds."""
+    BLOCK_KV: tl.constexpr = spec.block_kv
+    j = key_block * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    at = b, h // spec.group, key_block * BLOCK_KV
+    seen = True
+    used = True
+    if MASKED:
+        seen = visible(refs, spec, b, h, queries, j, 0)
+        used = used_keys(spec, queries, j, seen)
+    k = load_rows(refs.k, spec.k, at, used, BLOCK_KV, spec.dim, spec.block_d, MASKED)
+    v = load_rows(refs.v, spec.v, at, used, BLOCK_KV, spec.v_dim, spec.block_e, MASKED)
+    scores = product(rows, tl.trans(k), spec)
+    dp = product(cotangent, tl.trans(v), spec)
+    p, ds, weight = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, MASKED)
+    if MASKED:
+        scores = tl.where(seen, scores, 0.0)
+        dp = tl.where(seen, dp, 0.0)
+    return k, j, scores, dp, p, ds, weight
+
+
+@triton.jit
 def triton_dq(
     q,
     k,
@@ -68,11 +121,9 @@ def triton_dq(
     lse2,
     delta,
     dq,
-    dslopes,
-    dscale,
     spec: tl.constexpr,
 ):
-    """Dq of one block of queries of one head, and what each query gives its head's numbers.
+    """Dq of one block of queries of one head.
 
     Grid (blocks * heads * batch,).
     """
@@ -99,44 +150,27 @@ def triton_dq(
     BLOCK_Q: tl.constexpr = spec.block_q
     OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
     INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
-    program = tl.program_id(0)
-    block = program % OUTERS
-    h = program // OUTERS % spec.heads
-    b = program // (OUTERS * spec.heads)
-    if spec.causal:
-        block = OUTERS - 1 - block  # the longest first
+    b, h, block, queries, sums, rows, cotangent = _load_block(refs, spec, dout, lse2, delta, OUTERS)
     at = b, h, block * BLOCK_Q
-    queries = load_queries(refs, spec, b, h, block * BLOCK_Q, BLOCK_Q)
-    sums = _load_sums(lse2, delta, spec, b, h, queries)
-    rows = load_rows(q, spec.q, at, queries.inside, BLOCK_Q, spec.dim, spec.block_d, True)
-    cotangent = load_rows(
-        dout, spec.out, at, queries.inside, BLOCK_Q, spec.v_dim, spec.block_e, True
-    )
     acc = tl.zeros([BLOCK_Q, spec.block_d], tl.float32)
-    shares = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     route = route_of(refs, spec, b, block, OUTERS, INNERS)
     if spec.order is not None:
         for n in range(route.partial):
             key_block = tl.load(route.order + n)
-            acc, shares = _step_over_keys(
-                refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, shares, True
+            acc = _step_over_keys(
+                refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, True
             )
     first = first_of(route, spec, INNERS)
     for n in range(route.partial, route.last):
         key_block = block_of(route, spec, n, first)
-        acc, shares = _step_over_keys(
-            refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, shares, False
+        acc = _step_over_keys(
+            refs, spec, b, h, queries, sums, rows, cotangent, key_block, acc, False
         )
     if spec.scale:
         acc *= tl.load(scale + h)
     else:
         acc *= spec.factor * LN2
     store_rows(dq, spec, spec.q, at, queries.inside, acc, BLOCK_Q, spec.dim, spec.block_d)
-    own = (b * spec.heads + h).to(tl.int64) * spec.q_len + queries.i
-    if spec.diagonal is not None:
-        tl.store(dslopes + own, shares[0], mask=queries.inside)
-    if spec.scale:
-        tl.store(dscale + own, shares[1], mask=queries.inside)
 
 
 @triton.jit
@@ -151,32 +185,125 @@ def _step_over_keys(
     cotangent,
     key_block,
     acc,
+    MASKED: tl.constexpr,
+):
+    k, _, _, _, _, ds, _ = _scores_of_keys(
+        refs, spec, b, h, queries, sums, rows, cotangent, key_block, MASKED
+    )
+    return added(rounded(ds, k.dtype, spec), k, acc, spec)
+
+
+# --- what each query gives the gradients of its head's numbers ---
+
+
+@triton.jit
+def triton_shares(
+    q,
+    k,
+    v,
+    low,
+    high,
+    q_segments,
+    kv_segments,
+    mask,
+    bias,
+    diagonal,
+    slopes,
+    relative,
+    scale,
+    words,
+    origin,
+    order,
+    counts,
+    dout,
+    lse2,
+    delta,
+    dp,
+    dslopes,
+    dslopes_weight,
+    dscale,
+    dscale_weight,
+    spec: tl.constexpr,
+):
+    """The sums over the keys of a query that `join` makes dslopes, dscale and dsinks of.
+
+    A kernel of its own, which a compiler leaves out where slopes, scale and sinks are constants.
+    Grid (blocks * heads * batch,).
+    """
+    refs = Refs(
+        q=q,
+        k=k,
+        v=v,
+        low=low,
+        high=high,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        mask=mask,
+        bias=bias,
+        diagonal=diagonal,
+        slopes=slopes,
+        relative=relative,
+        scale=scale,
+        words=words,
+        origin=origin,
+        order=order,
+        counts=counts,
+    )
+    OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
+    INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
+    b, h, block, queries, sums, rows, cotangent = _load_block(refs, spec, dout, lse2, delta, OUTERS)
+    zero = tl.zeros([spec.block_q], tl.float32)
+    shares = zero, zero, zero, zero, zero
+    route = route_of(refs, spec, b, block, OUTERS, INNERS)
+    if spec.order is not None:
+        for n in range(route.partial):
+            key_block = tl.load(route.order + n)
+            shares = _add_shares(
+                refs, spec, b, h, queries, sums, rows, cotangent, key_block, shares, True
+            )
+    first = first_of(route, spec, INNERS)
+    for n in range(route.partial, route.last):
+        key_block = block_of(route, spec, n, first)
+        shares = _add_shares(
+            refs, spec, b, h, queries, sums, rows, cotangent, key_block, shares, False
+        )
+    own = (b * spec.heads + h).to(tl.int64) * spec.q_len + queries.i
+    tl.store(dp + own, shares[0], mask=queries.inside)
+    if spec.diagonal is not None:
+        tl.store(dslopes + own, shares[1], mask=queries.inside)
+        tl.store(dslopes_weight + own, shares[2], mask=queries.inside)
+    if spec.scale:
+        tl.store(dscale + own, shares[3], mask=queries.inside)
+        tl.store(dscale_weight + own, shares[4], mask=queries.inside)
+
+
+@triton.jit
+def _add_shares(
+    refs,
+    spec: tl.constexpr,
+    b,
+    h,
+    queries,
+    sums,
+    rows,
+    cotangent,
+    key_block,
     shares,
     MASKED: tl.constexpr,
 ):
-    BLOCK_KV: tl.constexpr = spec.block_kv
-    j = key_block * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    at = b, h // spec.group, key_block * BLOCK_KV
-    seen = True
-    used = True
-    if MASKED:
-        seen = visible(refs, spec, b, h, queries, j, 0)
-        used = used_keys(spec, queries, j, seen)
-    k = load_rows(refs.k, spec.k, at, used, BLOCK_KV, spec.dim, spec.block_d, MASKED)
-    v = load_rows(refs.v, spec.v, at, used, BLOCK_KV, spec.v_dim, spec.block_e, MASKED)
-    scores = product(rows, tl.trans(k), spec)
-    dp = product(cotangent, tl.trans(v), spec)
-    _, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, MASKED)
-    dslope, dscale = shares
+    dp, dslope, dslope_weight, dscale, dscale_weight = shares
+    _, j, scores, unweighted, p, ds, weight = _scores_of_keys(
+        refs, spec, b, h, queries, sums, rows, cotangent, key_block, MASKED
+    )
+    dp += tl.sum(p * unweighted, 1)
     if spec.diagonal is not None:
         distance = tl.abs(along(queries.diagonal, 0) - along(j, 1)).to(tl.float32)
         dslope -= tl.sum(ds * distance, 1)
+        dslope_weight -= tl.sum(weight * distance, 1)
     if spec.scale:
-        if MASKED:
-            scores = tl.where(seen, scores, 0.0)
         dscale += tl.sum(ds * scores, 1)
-    acc = added(rounded(ds, k.dtype, spec), k, acc, spec)
-    return acc, (dslope, dscale)
+        dscale_weight += tl.sum(weight * scores, 1)
+    return dp, dslope, dslope_weight, dscale, dscale_weight
 
 
 # --- dk and dv ---
@@ -300,7 +427,7 @@ def _step_over_queries(
     sums = _load_sums(lse2, delta, spec, b, h, queries)
     scores = product(keys, tl.trans(q), spec)
     dp = product(values, tl.trans(do), spec)
-    p, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 1, MASKED)
+    p, ds, _ = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 1, MASKED)
     dvalues = added(rounded(p, do.dtype, spec), do, dvalues, spec)
     if spec.scale:
         ds *= tl.load(refs.scale + h)
@@ -334,7 +461,7 @@ def _tile_gradient(
     sums = _load_sums(lse2, delta, spec, b, h, queries)
     scores = product(q, tl.trans(k), spec)
     dp = product(do, tl.trans(v), spec)
-    _, ds = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, True)
+    _, ds, _ = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, True)
     return ds
 
 

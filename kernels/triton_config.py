@@ -19,7 +19,7 @@ from flash_attention_jax.kernels import stored
 LARGEST_DIM = 256
 SMALLEST_CAPABILITY = (8, 0)
 
-Direction = Literal["forward", "dq", "dkv", "dbias", "drelative"]
+Direction = Literal["forward", "dq", "dkv", "shares", "dbias", "drelative"]
 
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99}
 """KiB that a program may have, by compute capability (CUDA programming guide, table of limits)."""
@@ -118,6 +118,8 @@ def tiles(
         direction: Which kernel.
     """
     del causal
+    if direction == "shares":  # as dq, without its sum
+        direction = "dq"
     dim = max(64, padded(head_dim))
     wide = jnp.dtype(dtype).itemsize == 4
     if direction == "drelative" or (direction == "dbias" and (wide or dim > 128)):
@@ -138,7 +140,8 @@ def tiles_of(call: Call, direction: Direction) -> Tiles:
         return INTERPRETED
     capability = call.capability or SMALLEST_CAPABILITY
     dim = max(call.dim, call.v_dim)
-    name = stored.key("triton", direction, padded(dim), banded=call.banded, dtype=call.dtype)
+    timed = "dq" if direction == "shares" else direction
+    name = stored.key("triton", timed, padded(dim), banded=call.banded, dtype=call.dtype)
     measured = stored.lookup(name, ("block_q", "block_kv", "num_warps", "num_stages"))
     if measured is not None:
         found = Tiles(**measured)

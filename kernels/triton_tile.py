@@ -459,7 +459,7 @@ def logit_gradients(
     Q: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Probabilities of a tile after dropout, and the gradients of its logits.
+    """Probabilities of a tile after dropout; the gradients of its logits; what delta takes of them.
 
     Args:
         refs: Pointers.
@@ -487,12 +487,15 @@ def logit_gradients(
         dropped = tl.where(stays, p * spec.growth, 0.0)
         dp = tl.where(stays, dp * spec.growth, 0.0)
     ds = p * (dp - along(delta, Q))
+    weight = p
     if spec.softcap is not None:
         t = x / spec.softcap
         ds *= 1.0 - t * t
+        weight *= 1.0 - t * t
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
-    return dropped, ds
+        weight = tl.where(seen, weight, 0.0)
+    return dropped, ds, weight
 
 
 # --- the way through the blocks ---

@@ -13,19 +13,10 @@ pytestmark = pytest.mark.gpu
 
 FUNCTIONS = {"dot": flash_attention, "cosine": flash_cosine_sim_attention}
 
-COARSE = {
-    "one_scale_for_all_heads_is_learned": "delta comes from an output rounded to 16 bits, and its "
-    "error adds up over all queries of all heads",
-    "lse_is_differentiable_with_every_term": "the same, in the gradient of the sinks",
-}
-"""Claims whose budget the kernels miss in bfloat16, and why."""
-
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("claim", [pytest.param(claim, id=claim.name) for claim in CLAIMS])
 def test_claim_holds_on_the_chip(claim, dtype):
-    if dtype == "bfloat16" and claim.name in COARSE:
-        pytest.skip(COARSE[claim.name])
     tried = Subject(
         flash_attention_jax.dot_product_attention,
         dtype=dtype,

@@ -28,19 +28,6 @@ DECLINED = {
 }
 """What the kernels decline, by the words of the reason: everything else has to pass."""
 
-ROUNDED = (
-    "output_is_the_softmax_average_of_the_values",
-    "logits_that_grow_along_the_keys_are_exact",
-    "nan_beyond_the_lengths_stays_there",
-    "bias_and_mask_hold_together",
-    "cosine_ignores_the_length_of_vectors",
-    "cosine_does_not_underflow_at_scale_100",
-    "groups_of_query_heads_share_a_key_head",
-    "lse_is_differentiable",
-    "every_feature_holds_together",
-)
-"""Claims that are tried in bfloat16 too: each stands for another rounding."""
-
 
 @pytest.fixture(autouse=True)
 def interpreted():
@@ -62,14 +49,10 @@ def passes(claim, dtype):
         assert (outcome, why) == ("passed", "")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("claim", [pytest.param(claim, id=claim.name) for claim in CLAIMS])
-def test_claim_holds_in_the_kernels_or_they_decline(claim):
-    passes(claim, "float32")
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_claim_holds_in_bfloat16(name):
-    passes(next(claim for claim in CLAIMS if claim.name == name), "bfloat16")
+def test_claim_holds_in_the_kernels_or_they_decline(claim, dtype):
+    passes(claim, dtype)
 
 
 # --- what the claims do not ask ---
