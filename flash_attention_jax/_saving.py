@@ -22,7 +22,7 @@ with needs("flash_attention_jax.train", "orbax-checkpoint", extra="train"):
 
 __all__ = ["interruptions", "restore", "save"]
 
-FORMAT = 2  # of the manifest and of what lies beside it
+FORMAT = 3  # of the manifest and of what lies beside it
 KEPT = 2  # if the newest is damaged, the run goes on from the one before
 MANIFEST = "manifest.json"
 
@@ -31,8 +31,8 @@ def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path
     """Writes `state` as a checkpoint in `folder`, whole or not at all.
 
     A checkpoint is a folder named after its step. It holds the arrays, written by orbax, and a
-    manifest with the configuration and a checksum of every file. It gets its name when all of it is
-    on the disk, so what has a name is whole; only then older ones go.
+    manifest with the configuration, what the arrays are, and a checksum of every file. It gets its
+    name when all of it is on the disk, so what has a name is whole; only then older ones go.
 
     Args:
         folder: where the checkpoints of one run lie; made where it is missing.
@@ -52,7 +52,7 @@ def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path
         checkpointer.save((partial / "state").absolute(), args=ocp.args.StandardSave(state))
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
     sums = {path.relative_to(partial).as_posix(): _checksum(path) for path in files}
-    manifest = {"format": FORMAT, "config": dict(config), "crc32": sums}
+    manifest = {"format": FORMAT, "config": dict(config), "arrays": _kinds(state), "crc32": sums}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     # The rename must not reach the disk before what is renamed does.
     for path in (partial, *partial.rglob("*")):
@@ -89,7 +89,7 @@ def restore(folder: Path, template: Any, config: Mapping[str, Any]) -> Any:
         )
     path = found[-1]
     try:
-        made_with = _verified(path)
+        made_with, arrays = _verified(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         advice = "Leave out --resume to start again."
         if len(found) > 1:
@@ -104,16 +104,25 @@ def restore(folder: Path, template: Any, config: Mapping[str, Any]) -> Any:
                 f"{made_with.get(name)}, got {config.get(name)}. "
                 "Resume with the same options, or start anew with another --out."
             )
+    # Not left to orbax, which goes on reading some arrays when another one does not fit.
+    wanted = _kinds(template)
+    for name in {**arrays, **wanted}:
+        if arrays.get(name) != wanted.get(name):
+            there, here = (kinds.get(name, "nothing") for kinds in (arrays, wanted))
+            raise _other_arrays(path, f"{name} is {there} in it, and {here} here")
     try:
         with _checkpointer() as checkpointer:
             args = ocp.args.StandardRestore(template)
             return checkpointer.restore((path / "state").absolute(), args=args)
     except Exception as error:  # orbax has no class of its own for what does not fit
-        raise InputError(
-            f"`--resume` must find a checkpoint of this model, got {path}, whose arrays differ: "
-            f"{_said(error)}. Resume with the version of this library that made it, or start anew "
-            "with another --out."
-        ) from error
+        raise _other_arrays(path, _said(error)) from error
+
+
+def _other_arrays(path: Path, how: str) -> InputError:
+    return InputError(
+        f"`--resume` must find a checkpoint of this model, got {path}, whose arrays differ: {how}. "
+        "Resume with the version of this library that made it, or start anew with another --out."
+    )
 
 
 @contextlib.contextmanager
@@ -159,15 +168,25 @@ def _whole(folder: Path) -> list[Path]:
     )
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The configuration of a checkpoint, whose files are those that were written."""
+def _kinds(state: Any) -> dict[str, str]:
+    """Dtype and shape of every leaf of a state, by its path."""
+    return {
+        jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
+        if hasattr(x, "shape")
+        else type(x).__name__
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _verified(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Configuration and arrays of a checkpoint, whose files are those that were written."""
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"it has format {manifest['format']}, this version reads {FORMAT}")
     for name, crc in manifest["crc32"].items():
         if _checksum(path / name) != crc:
             raise ValueError(f"the checksum of {name} differs")
-    return dict(manifest["config"])
+    return dict(manifest["config"]), dict(manifest["arrays"])
 
 
 def _checksum(path: Path) -> int:

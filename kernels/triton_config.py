@@ -47,7 +47,6 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-# By architecture, direction and padded dimension (the larger of q's and v's), for 16-bit arrays.
 TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
     "ampere": {  # 163 KiB, mma
         "forward": {
@@ -77,21 +76,36 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
         "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(32, 32, 8, 2)},
     },
 }
+"""By architecture, direction and padded dimension (the larger of q's and v's), of 16-bit arrays."""
 
-CANDIDATES: dict[str, tuple[Tiles, ...]] = {
-    direction: tuple(
-        Tiles(block_q, block_kv, num_warps, num_stages)
-        for block_q, block_kv in sizes
-        for num_warps in (4, 8)
-        for num_stages in (1, 2, 3, 4)
-    )
-    for direction, sizes in {
-        "forward": ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128)),
-        "dq": ((32, 32), (64, 32), (64, 64), (128, 32), (128, 64)),
-        "dkv": ((16, 32), (32, 32), (32, 64), (32, 128), (64, 64), (64, 128)),
-    }.items()
+FLOAT32: dict[str, dict[int, Tiles]] = {
+    "forward": {64: Tiles(32, 64, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
+    "dq": {64: Tiles(32, 16, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "dkv": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
-"""What a measurement may choose from. Those that overflow shared memory do not compile."""
+"""Of every architecture: a thread holds whole rows of what it multiplies, so the tiles are small.
+
+Those of 256 dimensions spill in the backward, the smallest that there are.
+"""
+
+_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "forward": ((64, 32), (64, 64), (128, 32), (128, 64), (128, 128)),
+    "dq": ((32, 32), (64, 32), (64, 64), (128, 32), (128, 64)),
+    "dkv": ((16, 32), (32, 32), (32, 64), (32, 128), (64, 64), (64, 128)),
+}
+_FLOAT32_SIZES = ((16, 16), (16, 32), (32, 16), (32, 32), (32, 64), (64, 32), (64, 64))
+
+
+def candidates(direction: Direction, dtype: str) -> list[Tiles]:
+    """What a measurement may choose from. Those that overflow shared memory do not compile."""
+    wide = jnp.dtype(dtype).itemsize == 4
+    return [
+        Tiles(block_q, block_kv, num_warps, num_stages)
+        for block_q, block_kv in (_FLOAT32_SIZES if wide else _SIZES[direction])
+        for num_warps in (4, 8)
+        for num_stages in ((1, 2) if wide else (1, 2, 3, 4))
+    ]
+
 
 INTERPRETED = Tiles(16, 16, 1, 1)
 """The smallest that products take, so that short sequences have several blocks."""
@@ -126,12 +140,7 @@ def tiles(
         return Tiles(32, 32, 4, 1)
     if direction == "dbias":
         return Tiles(64, 64, 8, 1)
-    found = TABLE[family(capability)][direction][dim]
-    if not wide:
-        return found
-    # Twice the bytes, and products that take their operands apart: half the tile both ways.
-    block_q, block_kv = max(16, found.block_q // 2), max(16, found.block_kv // 2)
-    return Tiles(block_q, block_kv, found.num_warps, 1)
+    return (FLOAT32 if wide else TABLE[family(capability)])[direction][dim]
 
 
 def tiles_of(call: Call, direction: Direction) -> Tiles:
@@ -148,7 +157,7 @@ def tiles_of(call: Call, direction: Direction) -> Tiles:
     else:
         found = tiles(capability, dim, call.causal, call.dtype, direction)
     if any(call.has(term) for term in OF_PAIRS):
-        return _roomier(found, direction)
+        return _roomier(found, direction, dim)
     return found
 
 
@@ -156,11 +165,18 @@ OF_PAIRS = ("bias", "mask", "relative_bias")
 """Terms of which a kernel reads a tile as large as that of the scores."""
 
 
-def _roomier(tiles: Tiles, direction: Direction) -> Tiles:
-    """Half of what is streamed, and one step in flight: else the shared memory does not suffice."""
-    streamed = "block_q" if direction == "dkv" else "block_kv"
-    half = max(16, getattr(tiles, streamed) // 2)
-    return dataclasses.replace(tiles, num_stages=1, **{streamed: half})
+def _roomier(tiles: Tiles, direction: Direction, dim: int) -> Tiles:
+    """Half of what is streamed, and one step in flight: else the shared memory does not suffice.
+
+    And eight warps, so that a thread holds less of what every pair has; where rows are long, half
+    of the queries too.
+    """
+    block_q, block_kv = tiles.block_q, tiles.block_kv
+    if direction == "dkv" or (direction in ("dq", "shares") and dim > 128):
+        block_q = max(16, block_q // 2)
+    if direction != "dkv":
+        block_kv = max(16, block_kv // 2)
+    return Tiles(block_q, block_kv, 8, 1)
 
 
 # --- precision ---

@@ -58,7 +58,7 @@ def candidates(kernel: Kernel, capability: tuple[int, int]) -> list[stored.Entry
     if kernel.backend == "triton":
         direction = cast(triton_config.Direction, kernel.direction)
         own = triton_config.tiles(capability, kernel.dim, kernel.causal, kernel.dtype, direction)
-        others = map(dataclasses.asdict, triton_config.CANDIDATES[direction])
+        others = map(dataclasses.asdict, triton_config.candidates(direction, kernel.dtype))
     else:
         own = _config.TABLE[cast(_config.Pass, kernel.direction)][kernel.dim]
         others = hopper_candidates(cast(_config.Pass, kernel.direction), kernel.dim)

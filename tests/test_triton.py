@@ -173,18 +173,19 @@ def test_named_on_a_machine_without_a_gpu_it_says_why_not():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_dimension_has_tiles_that_products_take(capability, dtype):
     for dim in (8, 16, 40, 64, 72, 128, 136, 256):
-        for direction in ("forward", "dq", "dkv", "dbias", "drelative"):
+        for direction in ("forward", "dq", "dkv", "shares", "dbias", "drelative"):
             tiles = triton_config.tiles(capability, dim, True, dtype, direction)
             for size in (tiles.block_q, tiles.block_kv, triton_config.padded(dim)):
                 assert size >= 16
                 assert size & (size - 1) == 0
 
 
-def test_every_tile_of_the_table_is_a_candidate():
-    for directions in triton_config.TABLE.values():
+def test_every_tile_of_the_tables_is_a_candidate():
+    tables = [(table, "bfloat16") for table in triton_config.TABLE.values()]
+    for directions, dtype in (*tables, (triton_config.FLOAT32, "float32")):
         for direction, by_dim in directions.items():
-            missing = set(by_dim.values()) - set(triton_config.CANDIDATES[direction])
-            assert not missing, (direction, missing)
+            missing = set(by_dim.values()) - set(triton_config.candidates(direction, dtype))
+            assert not missing, (direction, dtype, missing)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,7 @@ LOWERED = {
     "grouped, ragged": {"kv_heads": 2, "length": 300, "causal": True},
     "cosine": {"similarity": "cosine", "default_scale": 10.0},
     "terms": {"bias": (1, 4, 256, 1), "relative_bias": (4, 511), "dtype": jnp.float32},
+    "shares": {"alibi_slopes": (4,)},
 }
 
 
@@ -238,9 +240,7 @@ def test_forward_and_backward_lower_for_cuda(case):
     dtype = options.pop("dtype", jnp.bfloat16)
     arrays = [shape(1, heads, length, 64, dtype=dtype) for heads in (4, kv_heads, kv_heads)]
     terms = {
-        name: shape(*x, dtype=jnp.float32)
-        for name, x in options.items()
-        if name in ("bias", "relative_bias")
+        name: shape(*x, dtype=jnp.float32) for name, x in options.items() if isinstance(x, tuple)
     }
     static = {name: x for name, x in options.items() if name not in terms}
 
