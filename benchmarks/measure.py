@@ -31,6 +31,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 SHORTEST = 0.02  # seconds; a case is called as often as fills them, for a clock to see
 MOST_CALLS = 200
+# Seconds before a case is timed: idle threads of the library before it (torch's, above all) go on
+# spinning for a moment, and would take a core from whichever case comes next.
+PAUSE = 0.01
 # Inputs rotate through as much memory as this, so that none waits in a cache that belongs to this
 # process alone: twice the private cache of a server's core, five times the L2 of an H200.
 ROTATED_BYTES = {"cpu": 2**26, "gpu": 2**28}
@@ -158,7 +161,10 @@ def interleaved(
         if index >= (rounds if at_least is None else at_least) and clock() - begin > seconds:
             return
         shuffle(order)
-        times = {name: cases[name]() for name in order}
+        times = {}
+        for name in order:
+            time.sleep(PAUSE)
+            times[name] = cases[name]()
         yield {name: times[name] for name in cases}
 
 

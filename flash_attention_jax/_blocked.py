@@ -77,21 +77,31 @@ def split(arrays: Arrays) -> tuple[Blocks, Blocks]:
     return floats, present
 
 
-def _plan(call: Call, *, sums_queries: bool) -> Plan:
-    """Block sizes per platform: what kept XLA's matrix product busy when measured.
+_SHORT = 2048
+"""Up to this length large blocks cost more than they save: memory, and what a diagonal hides."""
 
-    A narrow window gets blocks narrower than itself: larger ones would mostly be masked.
-    """
-    if call.platform == "cpu":
-        # Where no diagonal is followed, longer rows: fewer passes over the accumulator.
-        wide = not (sums_queries or call.banded)
-        block_q, block_kv, elements = (1024, 2048, 2**21) if wide else (1024, 1024, 2**20)
-    else:
+_BANDS = ((512, 128, 128), (1024, 512, 256), (4096, 512, 512))
+"""Blocks of queries and of keys for a band of under so many keys: larger ones are mostly masked."""
+
+
+def _plan(call: Call, *, sums_queries: bool) -> Plan:
+    """Block sizes per platform: what kept XLA's matrix product busy when measured."""
+    short = max(call.q_len, call.k_len) <= _SHORT
+    if call.platform != "cpu":
         block_q, block_kv, elements = 512, 512, 2**25
+    elif call.banded and short:
+        block_q, block_kv, elements = 512, 512, 2**20
+    elif call.banded or (sums_queries and short):
+        block_q, block_kv, elements = 1024, 1024, 2**20
+    else:
+        # Longer rows: fewer passes over what is summed.
+        block_q, block_kv, elements = 1024, 2048, 2**21
     left, right = _masks.band(call)
     if left is not None and right is not None:
-        width = max(128, 1 << max((left + right) // 4, 1).bit_length() - 1)
-        block_q, block_kv = min(block_q, width), min(block_kv, width)
+        for keys, rows, columns in _BANDS:
+            if left + right < keys:
+                block_q, block_kv = min(block_q, rows), min(block_kv, columns)
+                break
     return plan(call, block_q, block_kv, elements, sums_queries=sums_queries)
 
 

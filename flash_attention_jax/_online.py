@@ -97,13 +97,19 @@ def step(
         shrink = jnp.exp(m - safe)
         p = jnp.exp(x - safe[..., None])
         m, l, acc = top, l * shrink, acc * shrink[..., None]
-    l = l + p.sum(axis=-1)
+    l = l + (_product_sum(p) if m is None and call.platform == "cpu" else p.sum(axis=-1))
     if call.dropout_rate:
         words = _dropout.row_words(
             arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
         )
         p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
     return m, l, acc + product(call, p.astype(dtype), v, "bhrij,bhje->bhrie")
+
+
+def _product_sum(p: jax.Array) -> jax.Array:
+    """Sums of rows as a product: where no maximum reads them too, XLA's CPU code is faster so."""
+    ones = jnp.ones(p.shape[-1], p.dtype)
+    return jnp.einsum("...j,j->...", p, ones, precision=lax.Precision.HIGHEST)
 
 
 def end(call: Call, arrays: Arrays, tile: Tile, carry: Carry) -> tuple[jax.Array, jax.Array]:
