@@ -79,8 +79,8 @@ TABLE: dict[str, dict[str, dict[int, Tiles]]] = {
 """By architecture, direction and padded dimension (the larger of q's and v's), of 16-bit arrays."""
 
 FLOAT32: dict[str, dict[int, Tiles]] = {
-    "forward": {64: Tiles(32, 64, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
-    "dq": {64: Tiles(32, 16, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "forward": {64: Tiles(32, 64, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 32, 8, 1)},
+    "dq": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
     "dkv": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
 """Of every architecture: a thread holds whole rows of what it multiplies, so the tiles are small.
