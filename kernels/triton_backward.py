@@ -58,10 +58,8 @@ def _load_block(refs, spec: tl.constexpr, dout, lse2, delta, OUTERS: tl.constexp
     at = b, h, block * BLOCK_Q
     queries = load_queries(refs, spec, b, h, block * BLOCK_Q, BLOCK_Q)
     sums = _load_sums(lse2, delta, spec, b, h, queries)
-    rows = load_rows(refs.q, spec.q, at, queries.inside, BLOCK_Q, spec.dim, spec.block_d, True)
-    cotangent = load_rows(
-        dout, spec.out, at, queries.inside, BLOCK_Q, spec.v_dim, spec.block_e, True
-    )
+    rows = load_rows(refs.q, spec, "q", at, queries.inside, BLOCK_Q, True)
+    cotangent = load_rows(dout, spec, "out", at, queries.inside, BLOCK_Q, True)
     return b, h, block, queries, sums, rows, cotangent
 
 
@@ -87,8 +85,8 @@ def _scores_of_keys(
     if MASKED:
         seen = visible(refs, spec, b, h, queries, j, 0)
         used = used_keys(spec, queries, j, seen)
-    k = load_rows(refs.k, spec.k, at, used, BLOCK_KV, spec.dim, spec.block_d, MASKED)
-    v = load_rows(refs.v, spec.v, at, used, BLOCK_KV, spec.v_dim, spec.block_e, MASKED)
+    k = load_rows(refs.k, spec, "k", at, used, BLOCK_KV, MASKED)
+    v = load_rows(refs.v, spec, "v", at, used, BLOCK_KV, MASKED)
     scores = product(rows, tl.trans(k), spec)
     dp = product(cotangent, tl.trans(v), spec)
     p, ds, weight = logit_gradients(refs, spec, b, h, queries, sums, j, scores, dp, seen, 0, MASKED)
@@ -148,11 +146,12 @@ def triton_dq(
     )
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_Q: tl.constexpr = spec.block_q
+    BLOCK_D: tl.constexpr = spec.block_d
     OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
     INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
     b, h, block, queries, sums, rows, cotangent = _load_block(refs, spec, dout, lse2, delta, OUTERS)
     at = b, h, block * BLOCK_Q
-    acc = tl.zeros([BLOCK_Q, spec.block_d], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     route = route_of(refs, spec, b, block, OUTERS, INNERS)
     if spec.order is not None:
         for n in range(route.partial):
@@ -170,7 +169,7 @@ def triton_dq(
         acc *= tl.load(scale + h)
     else:
         acc *= spec.factor * LN2
-    store_rows(dq, spec, spec.q, at, queries.inside, acc, BLOCK_Q, spec.dim, spec.block_d)
+    store_rows(dq, spec, "q", at, queries.inside, acc, BLOCK_Q)
 
 
 @triton.jit
@@ -249,10 +248,11 @@ def triton_shares(
         order=order,
         counts=counts,
     )
+    BLOCK_Q: tl.constexpr = spec.block_q
     OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
     INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
     b, h, block, queries, sums, rows, cotangent = _load_block(refs, spec, dout, lse2, delta, OUTERS)
-    zero = tl.zeros([spec.block_q], tl.float32)
+    zero = tl.zeros([BLOCK_Q], tl.float32)
     shares = zero, zero, zero, zero, zero
     route = route_of(refs, spec, b, block, OUTERS, INNERS)
     if spec.order is not None:
@@ -360,6 +360,8 @@ def triton_dkv(
     )
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_KV: tl.constexpr = spec.block_kv
+    BLOCK_D: tl.constexpr = spec.block_d
+    BLOCK_E: tl.constexpr = spec.block_e
     OUTERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
     INNERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
     program = tl.program_id(0)
@@ -369,10 +371,10 @@ def triton_dkv(
     at = b, group, block * BLOCK_KV
     j = block * BLOCK_KV + tl.arange(0, BLOCK_KV)
     inside = j < spec.k_len
-    keys = load_rows(k, spec.k, at, inside, BLOCK_KV, spec.dim, spec.block_d, True)
-    values = load_rows(v, spec.v, at, inside, BLOCK_KV, spec.v_dim, spec.block_e, True)
-    dkeys = tl.zeros([BLOCK_KV, spec.block_d], tl.float32)
-    dvalues = tl.zeros([BLOCK_KV, spec.block_e], tl.float32)
+    keys = load_rows(k, spec, "k", at, inside, BLOCK_KV, True)
+    values = load_rows(v, spec, "v", at, inside, BLOCK_KV, True)
+    dkeys = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
+    dvalues = tl.zeros([BLOCK_KV, BLOCK_E], tl.float32)
     route = route_of(refs, spec, b, block, OUTERS, INNERS)
     first = first_of(route, spec, INNERS)
     for member in range(spec.group):
@@ -392,8 +394,8 @@ def triton_dkv(
             )  # fmt: skip
     if not spec.scale:
         dkeys *= spec.factor * LN2
-    store_rows(dk, spec, spec.k, at, inside, dkeys, BLOCK_KV, spec.dim, spec.block_d)
-    store_rows(dv, spec, spec.v, at, inside, dvalues, BLOCK_KV, spec.v_dim, spec.block_e)
+    store_rows(dk, spec, "k", at, inside, dkeys, BLOCK_KV)
+    store_rows(dv, spec, "v", at, inside, dvalues, BLOCK_KV)
 
 
 @triton.jit
@@ -422,8 +424,8 @@ def _step_over_queries(
     if MASKED:
         seen = visible(refs, spec, b, h, queries, j, 1)
         used = some(seen, 1)
-    q = load_rows(refs.q, spec.q, at, used, BLOCK_Q, spec.dim, spec.block_d, MASKED)
-    do = load_rows(dout, spec.out, at, used, BLOCK_Q, spec.v_dim, spec.block_e, MASKED)
+    q = load_rows(refs.q, spec, "q", at, used, BLOCK_Q, MASKED)
+    do = load_rows(dout, spec, "out", at, used, BLOCK_Q, MASKED)
     sums = _load_sums(lse2, delta, spec, b, h, queries)
     scores = product(keys, tl.trans(q), spec)
     dp = product(values, tl.trans(do), spec)
@@ -454,10 +456,10 @@ def _tile_gradient(
     at = b, h, start
     key_at = b, h // spec.group, key_start
     rows, used = some(seen, 0), some(seen, 1)
-    q = load_rows(refs.q, spec.q, at, rows, BLOCK_Q, spec.dim, spec.block_d, True)
-    do = load_rows(dout, spec.out, at, rows, BLOCK_Q, spec.v_dim, spec.block_e, True)
-    k = load_rows(refs.k, spec.k, key_at, used, KEYS, spec.dim, spec.block_d, True)
-    v = load_rows(refs.v, spec.v, key_at, used, KEYS, spec.v_dim, spec.block_e, True)
+    q = load_rows(refs.q, spec, "q", at, rows, BLOCK_Q, True)
+    do = load_rows(dout, spec, "out", at, rows, BLOCK_Q, True)
+    k = load_rows(refs.k, spec, "k", key_at, used, KEYS, True)
+    v = load_rows(refs.v, spec, "v", key_at, used, KEYS, True)
     sums = _load_sums(lse2, delta, spec, b, h, queries)
     scores = product(q, tl.trans(k), spec)
     dp = product(do, tl.trans(v), spec)

@@ -80,6 +80,7 @@ def triton_forward(
     )
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_Q: tl.constexpr = spec.block_q
+    BLOCK_E: tl.constexpr = spec.block_e
     OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
     INNERS: tl.constexpr = (spec.k_len + spec.block_kv - 1) // spec.block_kv
     program = tl.program_id(0)
@@ -90,10 +91,10 @@ def triton_forward(
         block = OUTERS - 1 - block  # the longest first
     at = b, h, block * BLOCK_Q
     queries = load_queries(refs, spec, b, h, block * BLOCK_Q, BLOCK_Q)
-    rows = load_rows(q, spec.q, at, queries.inside, BLOCK_Q, spec.dim, spec.block_d, True)
+    rows = load_rows(q, spec, "q", at, queries.inside, BLOCK_Q, True)
     m = tl.full([BLOCK_Q], float("-inf") if spec.running else 0.0, tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, spec.block_e], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     route = route_of(refs, spec, b, block, OUTERS, INNERS)
     if spec.order is not None:
         for n in range(route.partial):
@@ -114,9 +115,11 @@ def triton_forward(
     none = l == 0.0
     weight = spec.growth / tl.where(none, 1.0, l)
     acc = acc * tl.expand_dims(weight, 1)
-    store_rows(out, spec, spec.out, at, queries.inside, acc, BLOCK_Q, spec.v_dim, spec.block_e)
+    store_rows(out, spec, "out", at, queries.inside, acc, BLOCK_Q)
     sums = tl.where(none, float("-inf"), (m + tl.log2(tl.where(none, 1.0, l))) * LN2)
-    pointers = lse + place(spec.lse, b, h, block * BLOCK_Q) + tl.arange(0, BLOCK_Q) * spec.lse.row
+    pointers = (
+        lse + place(spec, "lse", b, h, block * BLOCK_Q) + tl.arange(0, BLOCK_Q) * spec.lse.row
+    )
     tl.store(pointers, sums, mask=queries.inside)
 
 
@@ -134,8 +137,8 @@ def _step(
         # What nobody in the tile sees is not even read: 0 * NaN cannot arise.
         seen = visible(refs, spec, b, h, queries, j, 0)
         used = used_keys(spec, queries, j, seen)
-    k = load_rows(refs.k, spec.k, at, used, BLOCK_KV, spec.dim, spec.block_d, MASKED)
-    v = load_rows(refs.v, spec.v, at, used, BLOCK_KV, spec.v_dim, spec.block_e, MASKED)
+    k = load_rows(refs.k, spec, "k", at, used, BLOCK_KV, MASKED)
+    v = load_rows(refs.v, spec, "v", at, used, BLOCK_KV, MASKED)
     scores = product(rows, tl.trans(k), spec)
     x = logits2(refs, spec, b, h, queries, j, scores, seen, 0, MASKED)
     if MASKED:

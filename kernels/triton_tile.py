@@ -201,11 +201,33 @@ def along(x, AXIS: tl.constexpr):
     return tl.expand_dims(x, 1 - AXIS)
 
 
+@triton.constexpr_function
+def step(spec, array, axis):
+    """Elements between neighbours along an axis of an array that has strides in `spec`.
+
+    Looked up by name: a tuple that is handed on loses the names of its fields in Triton 3.6.
+    """
+    return getattr(getattr(spec, array), axis)
+
+
+@triton.constexpr_function
+def row_size(spec, array):
+    """Dimension of the rows of q, k, v or out."""
+    return spec.dim if array in ("q", "k") else spec.v_dim
+
+
+@triton.constexpr_function
+def row_block(spec, array):
+    """`row_size` as a tile holds it."""
+    return spec.block_d if array in ("q", "k") else spec.block_e
+
+
 @triton.jit
-def place(strides: tl.constexpr, b, h, row):
-    """Where a row lies."""
-    wide = tl.cast(b, tl.int64) * strides.batch + tl.cast(h, tl.int64) * strides.head
-    return wide + tl.cast(row, tl.int64) * strides.row
+def place(spec: tl.constexpr, ARRAY: tl.constexpr, b, h, row):
+    """Where a row of an array lies."""
+    wide = tl.cast(b, tl.int64) * step(spec, ARRAY, "batch")
+    wide += tl.cast(h, tl.int64) * step(spec, ARRAY, "head")
+    return wide + tl.cast(row, tl.int64) * step(spec, ARRAY, "row")
 
 
 @triton.jit
@@ -217,17 +239,18 @@ def offsets(stride: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def load_rows(
     x,
-    strides: tl.constexpr,
+    spec: tl.constexpr,
+    ARRAY: tl.constexpr,
     at,
     keep,
     ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows `at` (batch, head, first row) of q, k, v or dout; zero where not kept."""
+    """Rows `at` (batch, head, first row) of an array that lies as `ARRAY`; zero where not kept."""
+    SIZE: tl.constexpr = row_size(spec, ARRAY)
+    COLUMNS: tl.constexpr = row_block(spec, ARRAY)
     b, h, row = at
-    pointers = x + place(strides, b, h, row) + offsets(strides.row, ROWS, COLUMNS)
+    pointers = x + place(spec, ARRAY, b, h, row) + offsets(step(spec, ARRAY, "row"), ROWS, COLUMNS)
     if SIZE < COLUMNS:
         within = along(tl.arange(0, COLUMNS) < SIZE, 1)
         if MASKED:
@@ -241,20 +264,12 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    x,
-    spec: tl.constexpr,
-    strides: tl.constexpr,
-    at,
-    keep,
-    rows,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write rows, those kept, in the array's dtype."""
+def store_rows(x, spec: tl.constexpr, ARRAY: tl.constexpr, at, keep, rows, ROWS: tl.constexpr):
+    """Write rows, those kept, in the dtype of an array that lies as `ARRAY`."""
+    SIZE: tl.constexpr = row_size(spec, ARRAY)
+    COLUMNS: tl.constexpr = row_block(spec, ARRAY)
     b, h, row = at
-    pointers = x + place(strides, b, h, row) + offsets(strides.row, ROWS, COLUMNS)
+    pointers = x + place(spec, ARRAY, b, h, row) + offsets(step(spec, ARRAY, "row"), ROWS, COLUMNS)
     within = along(tl.arange(0, COLUMNS) < SIZE, 1) & along(keep, 0)
     tl.store(pointers, rounded(rows, x.dtype.element_ty, spec), mask=within)
 
@@ -262,7 +277,8 @@ def store_rows(
 @triton.jit
 def load_pairs(
     x,
-    strides: tl.constexpr,
+    spec: tl.constexpr,
+    ARRAY: tl.constexpr,
     b,
     h,
     i,
@@ -272,17 +288,20 @@ def load_pairs(
     Q: tl.constexpr,
     K: tl.constexpr,
 ):
-    """A tile of a mask or bias, read where seen; a vector where it broadcasts along an axis."""
-    base = x + tl.cast(b, tl.int64) * strides.batch + tl.cast(h, tl.int64) * strides.head
-    if strides.query == 0:
+    """A tile of the mask or bias, read where seen; a vector where it broadcasts along an axis."""
+    QUERY: tl.constexpr = step(spec, ARRAY, "query")
+    KEY: tl.constexpr = step(spec, ARRAY, "key")
+    base = x + tl.cast(b, tl.int64) * step(spec, ARRAY, "batch")
+    base += tl.cast(h, tl.int64) * step(spec, ARRAY, "head")
+    if QUERY == 0:
         some = tl.max(seen.to(tl.int32), axis=Q) != 0
-        found = along(tl.load(base + j * strides.key, mask=some, other=OTHER), K)
-    elif strides.key == 0:
+        found = along(tl.load(base + j * KEY, mask=some, other=OTHER), K)
+    elif KEY == 0:
         some = tl.max(seen.to(tl.int32), axis=K) != 0
-        found = along(tl.load(base + i * strides.query, mask=some, other=OTHER), Q)
+        found = along(tl.load(base + i * QUERY, mask=some, other=OTHER), Q)
     else:
-        rows = along(tl.cast(i, tl.int64) * strides.query, Q)
-        found = tl.load(base + rows + along(j * strides.key, K), mask=seen, other=OTHER)
+        rows = along(tl.cast(i, tl.int64) * QUERY, Q)
+        found = tl.load(base + rows + along(j * KEY, K), mask=seen, other=OTHER)
     return found
 
 
@@ -377,7 +396,7 @@ def visible(refs, spec: tl.constexpr, b, h, queries, j, Q: tl.constexpr):
         segment = tl.load(refs.kv_segments + b * spec.segments[1] + j, mask=within, other=0)
         seen = seen & (along(segment, K) == along(queries.segment, Q))
     if spec.mask is not None:
-        seen = seen & (load_pairs(refs.mask, spec.mask, b, h, queries.i, j, seen, 0, Q, K) != 0)
+        seen = seen & (load_pairs(refs.mask, spec, "mask", b, h, queries.i, j, seen, 0, Q, K) != 0)
     return seen
 
 
@@ -433,7 +452,7 @@ def logits2(
             g = along(j, K) - along(queries.i, Q) + (spec.q_len - 1)
             x += tl.load(refs.relative + h * spec.relative + g, mask=seen, other=0.0) * LOG2E
         if spec.bias is not None:
-            bias = load_pairs(refs.bias, spec.bias, b, h, queries.i, j, seen, 0.0, Q, K)
+            bias = load_pairs(refs.bias, spec, "bias", b, h, queries.i, j, seen, 0.0, Q, K)
             bias = bias.to(tl.float32) * LOG2E
             if MASKED:
                 bias = tl.where(seen, bias, 0.0)
