@@ -1,7 +1,8 @@
 """Tiles of the Triton kernels: one table, by compute capability, direction and head dimension.
 
-The table holds what compiles for a causal call without a spill and fits into the shared memory of
-each architecture (`triton_compile.py` says so); nothing in it has been timed yet. What `tune`
+The tables hold what compiles for a causal call without a spill (float32 of 256 dimensions aside)
+and fits into the shared memory of each architecture (`triton_compile.py` says so); nothing in them
+has been timed yet. What `tune`
 measured on the GPU at hand and stored comes before it.
 """
 
@@ -132,8 +133,6 @@ def tiles(
         direction: Which kernel.
     """
     del causal
-    if direction == "shares":  # as dq, without its sum
-        direction = "dq"
     dim = max(64, padded(head_dim))
     wide = jnp.dtype(dtype).itemsize == 4
     if direction == "drelative" or (direction == "dbias" and (wide or dim > 128)):
@@ -144,13 +143,14 @@ def tiles(
 
 
 def tiles_of(call: Call, direction: Direction) -> Tiles:
-    """The tiles of one kernel for a call."""
+    """The tiles of one kernel for a call; `shares` walks as dq does, without its sum."""
+    if direction == "shares":
+        direction = "dq"
     if call.interpret:
         return INTERPRETED
     capability = call.capability or SMALLEST_CAPABILITY
     dim = max(call.dim, call.v_dim)
-    timed = "dq" if direction == "shares" else direction
-    name = stored.key("triton", timed, padded(dim), banded=call.banded, dtype=call.dtype)
+    name = stored.key("triton", direction, padded(dim), banded=call.banded, dtype=call.dtype)
     measured = stored.lookup(name, ("block_q", "block_kv", "num_warps", "num_stages"))
     if measured is not None:
         found = Tiles(**measured)
@@ -172,7 +172,7 @@ def _roomier(tiles: Tiles, direction: Direction, dim: int) -> Tiles:
     of the queries too.
     """
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    if direction == "dkv" or (direction in ("dq", "shares") and dim > 128):
+    if direction == "dkv" or (direction == "dq" and dim > 128):
         block_q = max(16, block_q // 2)
     if direction != "dkv":
         block_kv = max(16, block_kv // 2)

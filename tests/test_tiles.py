@@ -149,14 +149,22 @@ def test_triton_takes_stored_tiles_too(folder):
     assert triton_config.tiles_of(call, "dq") == triton_config.Tiles(**second)
 
 
-@pytest.mark.parametrize(("direction", "expected"), [("forward", (128, 32)), ("dkv", (32, 128))])
-def test_triton_leaves_room_for_a_term_of_pairs(direction, expected):
-    q = jax.ShapeDtypeStruct((1, 8, 512, 64), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("direction", "dim", "expected"),
+    [
+        ("forward", 64, (128, 32)),
+        ("dkv", 64, (32, 128)),
+        ("dq", 256, (32, 16)),
+        ("shares", 256, (32, 16)),
+    ],
+)
+def test_triton_leaves_room_for_a_term_of_pairs(direction, dim, expected):
+    q = jax.ShapeDtypeStruct((1, 8, 512, dim), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((8, 512, 512), jnp.float32)
     options = {"bias": bias}
     call = _read.read(q, q, q, None, options, platform="gpu", capability=(8, 0)).call
     found = triton_config.tiles_of(call, direction)
-    assert (found.block_q, found.block_kv, found.num_stages) == (*expected, 1)
+    assert found == triton_config.Tiles(*expected, num_warps=8, num_stages=1)
 
 
 def test_trial_is_what_is_traced(folder):

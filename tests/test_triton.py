@@ -173,7 +173,7 @@ def test_named_on_a_machine_without_a_gpu_it_says_why_not():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_dimension_has_tiles_that_products_take(capability, dtype):
     for dim in (8, 16, 40, 64, 72, 128, 136, 256):
-        for direction in ("forward", "dq", "dkv", "shares", "dbias", "drelative"):
+        for direction in ("forward", "dq", "dkv", "dbias", "drelative"):
             tiles = triton_config.tiles(capability, dim, True, dtype, direction)
             for size in (tiles.block_q, tiles.block_kv, triton_config.padded(dim)):
                 assert size >= 16
