@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
-from flash_attention_jax.kernels import join, triton_backward, triton_forward
+from flash_attention_jax.kernels import join, triton_backward, triton_forward, triton_terms
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels.join import Problem, Reference
 from flash_attention_jax.kernels.triton_config import Direction, tiles_of
@@ -29,9 +29,9 @@ LAUNCHED: dict[Direction, tuple[Any, bool | None]] = {
     "forward": (triton_forward.triton_forward, True),
     "dq": (triton_backward.triton_dq, True),
     "dkv": (triton_backward.triton_dkv, False),
-    "shares": (triton_backward.triton_shares, True),
-    "dbias": (triton_backward.triton_dbias, None),
-    "drelative": (triton_backward.triton_drelative, None),
+    "shares": (triton_terms.triton_shares, True),
+    "dbias": (triton_terms.triton_dbias, None),
+    "drelative": (triton_terms.triton_drelative, None),
 }
 """The kernels, and whether they walk keys or queries; None where they take no route."""
 

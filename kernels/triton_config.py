@@ -2,8 +2,7 @@
 
 The tables hold what compiles for a causal call without a spill (float32 of 256 dimensions aside)
 and fits into the shared memory of each architecture (`triton_compile.py` says so); nothing in them
-has been timed yet. What `tune`
-measured on the GPU at hand and stored comes before it.
+has been timed yet. What `tune` measured on the GPU at hand and stored comes before them.
 """
 
 from __future__ import annotations

@@ -60,24 +60,9 @@ def triton_forward(
 ):
     """Out and lse of one block of queries of one head; grid (blocks * heads * batch,)."""
     refs = Refs(
-        q=q,
-        k=k,
-        v=v,
-        low=low,
-        high=high,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        mask=mask,
-        bias=bias,
-        diagonal=diagonal,
-        slopes=slopes,
-        relative=relative,
-        scale=scale,
-        words=words,
-        origin=origin,
-        order=order,
-        counts=counts,
-    )
+        q, k, v, low, high, q_segments, kv_segments, mask, bias, diagonal, slopes, relative, scale,
+        words, origin, order, counts,
+    )  # fmt: skip
     LN2: tl.constexpr = 0.6931471805599453
     BLOCK_Q: tl.constexpr = spec.block_q
     BLOCK_E: tl.constexpr = spec.block_e
