@@ -198,20 +198,18 @@ class Visits:
         """Whether no pair can be anything but full, known before any array is seen."""
         return self.queries is None
 
-    def along_keys(self, tile: Tile, query_block: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The key blocks to visit, partial ones first; how many are partial; how many in all."""
+    def along_keys(self, tile: Tile, query_block: Any) -> Route:
+        """The key blocks to visit for one block of queries."""
         return self._order(tile, query_block, None)
 
-    def along_queries(self, tile: Tile, key_block: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The query blocks to visit, partial ones first; how many are partial; how many in all."""
+    def along_queries(self, tile: Tile, key_block: Any) -> Route:
+        """The query blocks to visit for one block of keys."""
         return self._order(tile, None, key_block)
 
-    def _order(
-        self, tile: Tile, query_block: Any, key_block: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _order(self, tile: Tile, query_block: Any, key_block: Any) -> Route:
         inner = self.plan.keys if key_block is None else self.plan.queries
-        if self.queries is None or self.keys is None:
-            return jnp.arange(inner.count, dtype=jnp.int32), jnp.int32(0), jnp.int32(inner.count)
+        if self.all_full:
+            return Route(jnp.arange(inner.count, dtype=jnp.int32), None, inner.count)
         return route(self.codes(tile, query_block, key_block))
 
     def codes(self, tile: Tile, query_block: Any, key_block: Any) -> jax.Array:
@@ -241,16 +239,34 @@ class Visits:
         return code
 
 
-def route(code: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which blocks to visit along the last axis of classes, the partial ones first.
+class Route(NamedTuple):
+    """Which blocks to visit along an axis, the partial ones first."""
 
-    Returns:
-        Block numbers, of the shape of `code`; how many are partial; how many are to be visited.
-    """
+    order: jax.Array  # block numbers
+    partial: Any  # how many are partial; None where none can be
+    count: Any  # how many are to be visited
+
+
+def route(code: jax.Array) -> Route:
+    """The route along the last axis of classes; `order` has the shape of `code`."""
     rank = jnp.where(code == EMPTY, 2, jnp.where(code == FULL, 1, 0))
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     partial = (code == PARTIAL).sum(axis=-1, dtype=jnp.int32)
-    return order, partial, (code != EMPTY).sum(axis=-1, dtype=jnp.int32)
+    return Route(order, partial, (code != EMPTY).sum(axis=-1, dtype=jnp.int32))
+
+
+def full_squares(code: jax.Array) -> tuple[Route, jax.Array]:
+    """Join blocks to squares of two by two where all four are full.
+
+    Args:
+        code: Classes of two neighbouring rows (or columns) of blocks, (2, 2 * n).
+
+    Returns:
+        The route along the squares, and `code` with the blocks that they hold EMPTY.
+    """
+    full = code.reshape(2, -1, 2).min(axis=(0, 2)) == FULL
+    squares = route(jnp.where(full, FULL, EMPTY))._replace(partial=None)
+    return squares, jnp.where(jnp.repeat(full, 2), EMPTY, code)
 
 
 def _classes(call: Call, rows: Summary, columns: Summary) -> jax.Array:

@@ -19,8 +19,9 @@ from jax import lax
 
 from flash_attention_jax import _dropout, _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._exponential import exponential
 from flash_attention_jax._logits import cut_terms, finish, finite_or_zero, logits, product, scaled
-from flash_attention_jax._similarity import LARGEST_SAFE_BOUND, needs_running_maximum
+from flash_attention_jax._similarity import needs_running_maximum
 from flash_attention_jax._tiles import Tile
 from flash_attention_jax._varying import full
 
@@ -86,30 +87,21 @@ def step(
 
     m, l, acc = carry
     if m is None:
-        # The bound holds already. XLA's CPU loop for exp fused with anything takes half the time of
-        # one for exp alone.
-        limit = np.asarray(2 * LARGEST_SAFE_BOUND, x.dtype)
-        p = jnp.exp(jnp.minimum(x, limit) if visible is None else x)
+        p = exponential(x, call.platform)
     else:
         # out and lse do not depend on m: as a constant it drops out of derivatives of every order.
         top = lax.stop_gradient(jnp.maximum(m, x.max(axis=-1)))
         safe = finite_or_zero(top)
         shrink = jnp.exp(m - safe)
-        p = jnp.exp(x - safe[..., None])
+        p = exponential(x - safe[..., None], call.platform)
         m, l, acc = top, l * shrink, acc * shrink[..., None]
-    l = l + (_product_sum(p) if m is None and call.platform == "cpu" else p.sum(axis=-1))
+    l = l + (p.sum(axis=-1))
     if call.dropout_rate:
         words = _dropout.row_words(
             arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
         )
         p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
     return m, l, acc + product(call, p.astype(dtype), v, "bhrij,bhje->bhrie")
-
-
-def _product_sum(p: jax.Array) -> jax.Array:
-    """Sums of rows as a product: one to three per cent of a full forward pass by XLA on a CPU."""
-    ones = jnp.ones(p.shape[-1], p.dtype)
-    return jnp.einsum("...j,j->...", p, ones, precision=lax.Precision.HIGHEST)
 
 
 def end(call: Call, arrays: Arrays, tile: Tile, carry: Carry) -> tuple[jax.Array, jax.Array]:

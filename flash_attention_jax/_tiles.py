@@ -98,6 +98,15 @@ class Tile:
         """The tile that holds everything."""
         return cls(call, (0, call.batch), (0, call.kv_heads), (0, call.q_len), (0, call.k_len))
 
+    def by_head(self) -> list[Tile]:
+        """One tile for each batch and key head of this one."""
+        (batch, batches), (head, heads) = self.batch, self.kv_heads
+        return [
+            dataclasses.replace(self, batch=(batch + b, 1), kv_heads=(head + h, 1))
+            for b in range(batches)
+            for h in range(heads)
+        ]
+
     def _range(self, letter: str, size: int) -> tuple[Index, int]:
         if letter in "bnkij" and size == 1:
             return 0, 1
@@ -211,6 +220,17 @@ class Plan:
     def hides_queries(self) -> bool:
         """Whether the last block of queries repeats some that must not count twice."""
         return self.sums_queries and self.queries.overlaps
+
+    @property
+    def halved(self) -> Plan:
+        """The same walk in blocks of half the queries and half the keys: four for each of these."""
+        queries, keys = (Axis(axis.length, axis.block // 2) for axis in (self.queries, self.keys))
+        return dataclasses.replace(self, queries=queries, keys=keys)
+
+    @property
+    def halves(self) -> bool:
+        """Whether `halved` has exactly two blocks for each of these, along both axes."""
+        return all(axis.block % 2 == 0 and not axis.overlaps for axis in (self.queries, self.keys))
 
     @property
     def units(self) -> int:

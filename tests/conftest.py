@@ -26,7 +26,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Annotations are executed below the front: what arrives there has been checked, so a wrong shape is
 # a bug of the library. At the front it is the user's, and meets the library's own error.
-BELOW_THE_FRONT = ["_masks", "_dropout", "_logits", "_online", "_similarity", "_tiles"]
+BELOW_THE_FRONT = [
+    "_masks",
+    "_dropout",
+    "_exponential",
+    "_logits",
+    "_online",
+    "_similarity",
+    "_tiles",
+]
 BELOW_THE_FRONT += ["_varying", "_dense", "_blocked", "_checkpointed"]
 # Triton reads the source of its kernels and would trip over a check wrapped around them.
 BELOW_THE_FRONT += [

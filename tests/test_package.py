@@ -20,7 +20,7 @@ OPTIONAL = ("flax", "optax", "orbax", "tqdm", "torch", "jax_triton", "triton", "
 # here is at the top: a shell, or a function of the public face.
 LAYERS = [
     ["_call", "_types", "_varying", "_optional"],
-    ["_masks", "_dropout", "_check", "_logits", "_online", "_similarity", "_tiles"],
+    ["_masks", "_dropout", "_check", "_exponential", "_logits", "_online", "_similarity", "_tiles"],
     ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
     ["_dispatch"],
     ["_parts", "_partition"],
