@@ -11,10 +11,15 @@ softmax is in lse and delta = rowsum(out * dout) - dlse, so the gradients are pl
 blocks. `_pair_sum` is that sum, for any function of a block; its own derivative is again such a
 sum, of the function's transpose, so reverse mode nests without end and stays O(n).
 
-What was measured on CPU (XLA, 2 cores), and why the backward holds its blocks with keys first
-("bhjri"): XLA's CPU matrix product is 3x slower when its left operand has to be transposed. With
-keys first dk and dv need no transpose, and dq is collected transposed (d before i), with the small
-key block as the left operand.
+What was measured on CPU (XLA, 2 cores), and what follows from it:
+
+- XLA's matrix product is 3x slower when its left operand has to be transposed. So the backward
+  holds its blocks with keys first ("bhjri"): dk and dv need no transpose, and dq is collected
+  transposed (d before i), with the small key block as the left operand.
+- Each operation alone is split over the cores and waits for the last of them, about 0.1 ms: blocks
+  are large, and in the forward two heads are walked side by side (`_chains`).
+- Large blocks waste half of a causal diagonal, so the forward walks those by quarters
+  (`_by_quarters`). In the backward either was no faster.
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ from flash_attention_jax._varying import full, unified
 
 COLUMNS = "bhjri"  # axes of a block of logits in the backward
 
-_ROWS = 3  # axis of the queries in what a step carries
+_ROWS = 3  # axis of the queries in `_online.Carry` and in a block of queries
 
 Blocks = dict[str, Any]
 
@@ -85,8 +90,8 @@ _SHORT = 2048
 _BANDS = ((512, 128, 128), (1024, 512, 256), (4096, 512, 512))
 """Blocks of queries and of keys for a band of under so many keys: larger ones are mostly masked."""
 
-_LARGE = 2**20
-"""Logits of one head in a block from which on its parts are large enough to be walked apart."""
+_LARGE = 2**19
+"""Logits in a block from which on it is worth being walked apart from those beside it."""
 
 
 def _plan(call: Call, *, sums_queries: bool) -> Plan:
@@ -95,14 +100,14 @@ def _plan(call: Call, *, sums_queries: bool) -> Plan:
     if call.platform != "cpu":
         block_q, block_kv, elements = 512, 512, 2**25
     elif call.banded and short:
-        block_q, block_kv, elements = 512, 512, _LARGE
+        block_q, block_kv, elements = 512, 512, 2**20
     elif sums_queries and (short or call.banded):
-        block_q, block_kv, elements = 1024, 1024, _LARGE
+        block_q, block_kv, elements = 1024, 1024, 2**20
     elif sums_queries:
         # Longer rows: fewer passes over what is summed.
-        block_q, block_kv, elements = 1024, 2048, 2 * _LARGE
+        block_q, block_kv, elements = 1024, 2048, 2**21
     else:
-        block_q, block_kv, elements = 1024, 1024, 2 * _LARGE
+        block_q, block_kv, elements = 1024, 1024, 2**21
     left, right = _masks.band(call)
     if left is not None and right is not None:
         for keys, rows, columns in _BANDS:
@@ -112,16 +117,9 @@ def _plan(call: Call, *, sums_queries: bool) -> Plan:
     return plan(call, block_q, block_kv, elements, sums_queries=sums_queries)
 
 
-def _is_large(steps: Plan) -> bool:
-    """Whether a block is worth the overhead of walking its heads, or its quarters, one by one."""
-    call = steps.call
-    rows = steps.queries.block * call.group_size
-    return call.platform == "cpu" and rows * steps.keys.block >= _LARGE
-
-
-def _by_quarters(steps: Plan) -> bool:
-    """Whether blocks that are partly masked are walked by quarters, of which some are not."""
-    return _is_large(steps) and steps.halves and _masks.masks_anything(steps.call)
+def _logits_of_a_head(steps: Plan) -> int:
+    """How many logits a block holds for each key head."""
+    return steps.queries.block * steps.call.group_size * steps.keys.block
 
 
 def _chains(steps: Plan, tile: Tile) -> list[Tile]:
@@ -130,7 +128,18 @@ def _chains(steps: Plan, tile: Tile) -> list[Tile]:
     XLA's CPU runtime runs operations side by side that do not depend on each other. Each of them
     alone leaves a core idle at its end (measured: 10% of the time).
     """
-    return tile.by_head() if _is_large(steps) else [tile]
+    apart = steps.call.platform == "cpu" and _logits_of_a_head(steps) >= _LARGE
+    return tile.by_head() if apart else [tile]
+
+
+def _by_quarters(steps: Plan) -> bool:
+    """Whether blocks that are partly masked are walked by quarters, of which some are not."""
+    return (
+        steps.call.platform == "cpu"
+        and _logits_of_a_head(steps) >= 2 * _LARGE
+        and steps.halves
+        and _masks.masks_anything(steps.call)
+    )
 
 
 # --- forward ---

@@ -38,8 +38,7 @@ CALLS = {
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    # A block of one head is, and two heads of them make a tile.
-    monkeypatch.setattr(_blocked, "_LARGE", BLOCK * BLOCK)
+    monkeypatch.setattr(_blocked, "_LARGE", BLOCK * BLOCK // 2)
     jax.clear_caches()
     yield
     jax.clear_caches()
