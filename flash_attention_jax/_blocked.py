@@ -91,7 +91,7 @@ _BANDS = ((512, 128, 128), (1024, 512, 256), (4096, 512, 512))
 """Blocks of queries and of keys for a band of under so many keys: larger ones are mostly masked."""
 
 _LARGE = 2**19
-"""Logits in a block from which on it is worth being walked apart from those beside it."""
+"""Logits of a head in a block from which on heads are walked apart; from twice that on quarters."""
 
 
 def _plan(call: Call, *, sums_queries: bool) -> Plan:

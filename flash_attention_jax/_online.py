@@ -95,7 +95,7 @@ def step(
         shrink = jnp.exp(m - safe)
         p = exponential(x - safe[..., None], call.platform)
         m, l, acc = top, l * shrink, acc * shrink[..., None]
-    l = l + (p.sum(axis=-1))
+    l = l + p.sum(axis=-1)
     if call.dropout_rate:
         words = _dropout.row_words(
             arrays.dropout_key, call.heads, at.b, at.n, at.i, arrays.dropout_origin
