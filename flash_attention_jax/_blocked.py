@@ -35,16 +35,16 @@ from jax import lax
 
 from flash_attention_jax import _dropout, _masks, _online
 from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call
-from flash_attention_jax._logits import (
-    LOGIT_TERMS,
+from flash_attention_jax._logits import LOGIT_TERMS, logits, product, scaled, term_axes
+from flash_attention_jax._online import compute_dtype, folded, folds_scale
+from flash_attention_jax._results import (
+    Results,
+    delta_of,
     finite_or_zero,
-    logits,
-    product,
-    scaled,
-    term_axes,
+    saved,
+    sink_shares,
 )
-from flash_attention_jax._online import compute_dtype, folds_scale
-from flash_attention_jax._similarity import normalised
+from flash_attention_jax._similarity import needs_running_maximum, normalised
 from flash_attention_jax._tiles import Plan, Tile, plan
 from flash_attention_jax._varying import full, unified
 
@@ -62,17 +62,17 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call, arrays: Arrays) -> Results:
     """Attention in O(n) memory.
 
     Returns:
-        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+        out, in the call's dtype, lse and low, with the axes `ROLES` of the call's layout.
     """
-    out, lse = unrounded(call, unified(normalised(call, arrays)))
-    return out.astype(call.dtype), lse
+    results = unrounded(call, unified(normalised(call, arrays)))
+    return results._replace(out=results.out.astype(call.dtype))
 
 
-def unrounded(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def unrounded(call: Call, arrays: Arrays) -> Results:
     """`attend` for `normalised` and `unified` arrays, with out in the accumulator's dtype."""
     return _attend(call, *split(arrays))
 
@@ -145,48 +145,50 @@ def _by_quarters(steps: Plan) -> bool:
 # --- forward ---
 
 
-def _attend_rule(call: Call, floats: Blocks, others: Blocks) -> tuple[jax.Array, jax.Array]:
+def _attend_rule(call: Call, floats: Blocks, others: Blocks) -> Results:
     arrays = Arrays(**floats, **others)
     steps = _plan(call, sums_queries=False)
     visits = _masks.Visits.of(steps.halved if _by_quarters(steps) else steps, arrays)
     # Kept unrounded for delta, which would otherwise be the largest error of 16-bit gradients.
-    out = full(call.shape(ROLES["out"][call.layout]), 0, call.acc_dtype, floats)
-    lse = full(call.shape(ROLES["lse"][call.layout]), -jnp.inf, call.acc_dtype, floats)
-    if 0 in (out.size, call.k_len):
-        return _no_keys(call, arrays, out, lse)
+    empty = _no_keys(call, floats)
+    if 0 in (empty.out.size, call.k_len):
+        return empty
 
-    def query_block(
-        carry: tuple[jax.Array, jax.Array], step: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def query_block(whole: Results, step: jax.Array) -> tuple[Results, None]:
         unit, index = step // steps.queries.count, step % steps.queries.count
-        out, lse = carry
-        for part, (rows, row_lse) in _attend_rows(arrays, steps, visits, unit, index):
-            out = part.put(out, ROLES["out"][call.layout], rows, "bhrie")
-            lse = part.put(lse, ROLES["lse"][call.layout], row_lse, "bhri")
-        return (out, lse), None
+        for part, rows in _attend_rows(arrays, steps, visits, unit, index):
+            whole = Results(
+                *(
+                    part.put(x, _roles(call, name), block, "bhrie"[: block.ndim])
+                    for name, x, block in zip(Results._fields, whole, rows, strict=True)
+                )
+            )
+        return whole, None
 
     count = steps.units * steps.queries.count
-    (out, lse), _ = lax.scan(query_block, (out, lse), jnp.arange(count, dtype=jnp.int32))
-    return out, lse
+    return lax.scan(query_block, empty, jnp.arange(count, dtype=jnp.int32))[0]
 
 
-def _no_keys(
-    call: Call, arrays: Arrays, out: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    if arrays.sinks is not None:
-        lse = Tile.whole(call).put(
-            lse, ROLES["lse"][call.layout], Tile.whole(call).take(arrays.sinks, "n", "bhri"), "bhri"
-        )
-    return out, lse
+def _no_keys(call: Call, floats: Blocks) -> Results:
+    """The results of rows that see no key, all of them."""
+    out, lse, low = (
+        full(call.shape(_roles(call, name)), value, call.acc_dtype, floats)
+        for name, value in (("out", 0), ("lse", -jnp.inf), ("low", 0))
+    )
+    if "sinks" in floats:
+        tile = Tile.whole(call)
+        sinks = tile.take(floats["sinks"], "n", "bhri")
+        lse = tile.put(lse, _roles(call, "lse"), sinks, "bhri")
+    return Results(out, lse, low)
 
 
 def _attend_rows(
     arrays: Arrays, steps: Plan, visits: _masks.Visits, unit: jax.Array, index: jax.Array
-) -> list[tuple[Tile, tuple[jax.Array, jax.Array]]]:
+) -> list[tuple[Tile, Results]]:
     """One block of queries against the keys that it sees.
 
     Returns:
-        Parts of the block, each with its out (b, h, r, i, e) and lse (b, h, r, i).
+        Parts of the block, each with its results, whose axes are those of `_online.end`.
     """
     call = steps.call
     tile = steps.tile(unit, index, 0)
@@ -245,8 +247,8 @@ def _walk(route: _masks.Route, visit: Callable[[bool, jax.Array, Any], Any], car
 
 
 def _attend_forward(call: Call, floats: Blocks, others: Blocks) -> tuple[Any, Any]:
-    out, lse = _attend(call, floats, others)
-    return (out, lse), (floats, others, out, lse)
+    results = saved(_attend(call, floats, others))
+    return results, (floats, others, results)
 
 
 def _attend_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[Blocks, None]:
@@ -256,23 +258,23 @@ def _attend_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[Block
     `custom_vjp` which inputs are differentiated (`symbolic_zeros`) was tried and is wrong under
     `jax.checkpoint`, which may run a rule that was traced for other inputs.
     """
-    floats, others, *results = residuals
-    found = gradients(call, floats, others, results, cotangents)
+    floats, others, results = residuals
+    found = gradients(call, floats, others, results, cotangents[:2])
     return {name: x.astype(floats[name].dtype) for name, x in found.items()}, None
 
 
-def gradients(call: Call, floats: Blocks, others: Blocks, results: Any, cotangents: Any) -> Blocks:
-    """The gradients, in the accumulator's dtype.
+def gradients(
+    call: Call, floats: Blocks, others: Blocks, results: Results, cotangents: Any
+) -> Blocks:
+    """The gradients, in the accumulator's dtype, for the cotangents of out and lse.
 
-    `results` are out and lse. Where they are those of attention to more keys than the call's, the
-    gradients are the call's share in that: all of it enters through lse and delta alone.
+    Where `results` are those of attention to more keys than the call's, the gradients are the
+    call's share in that: all of it enters through lse, low and delta alone.
     """
-    out, lse = results
     dout, dlse = cotangents
-    acc_dtype = call.acc_dtype
-    delta = (out.astype(acc_dtype) * dout.astype(acc_dtype)).sum(axis=-1) - dlse
+    delta = delta_of(results, dout, dlse)
     inputs = {name: x for name, x in floats.items() if name != "sinks"}
-    inputs |= {"dout": dout, "lse": lse, "delta": delta}
+    inputs |= {"dout": dout, "lse": results.lse, "low": results.low, "delta": delta}
     found: Blocks = {}
     for group in (("q", "k", "v", "scale"), ("bias", "alibi_slopes", "relative_bias")):
         names = tuple(name for name in group if name in floats)
@@ -281,7 +283,7 @@ def gradients(call: Call, floats: Blocks, others: Blocks, results: Any, cotangen
             for name in names:
                 found[name] = _from_sum(call, name, sums[name])
     if "sinks" in floats:
-        found["sinks"] = _sink_gradient(call, floats["sinks"], lse, delta)
+        found["sinks"] = _sink_gradient(call, floats["sinks"], results, delta)
     return found
 
 
@@ -289,14 +291,11 @@ _attend: Any = jax.custom_vjp(_attend_rule, nondiff_argnums=(0,))
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _sink_gradient(call: Call, sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """A sink is a key without a value: its dP is zero."""
-    tile = Tile.whole(call)
-    row_lse = tile.take(lse, ROLES["lse"][call.layout], "bhri")
-    weight = jnp.exp(tile.take(sinks, "n", "bhri").astype(lse.dtype) - row_lse)
-    share = -weight * tile.take(delta, ROLES["lse"][call.layout], "bhri")
-    zero = full(sinks.shape, 0, lse.dtype, lse)
-    return tile.put(zero, "n", share, "bhri")
+def _sink_gradient(call: Call, sinks: jax.Array, results: Results, delta: jax.Array) -> jax.Array:
+    tile, roles = Tile.whole(call), _roles(call, "lse")
+    lse, low, delta = (tile.take(x, roles, "bhri") for x in (results.lse, results.low, delta))
+    shares = sink_shares(tile.take(sinks, "n", "bhri").astype(lse.dtype), lse, low, delta)
+    return tile.put(full(sinks.shape, 0, lse.dtype, lse), "n", shares, "bhri")
 
 
 # dq is collected with its dimension before its queries: see the head of the file.
@@ -313,11 +312,8 @@ def _from_sum(call: Call, name: str, total: jax.Array) -> jax.Array:
 
 
 def _roles(call: Call, name: str) -> str:
-    """Axes of an input of `_Gradients`."""
-    if name == "dout":
-        return ROLES["out"][call.layout]
-    if name in ("lse", "delta"):
-        return ROLES["lse"][call.layout]
+    """Axes of a result, or of an input of `_Gradients`."""
+    name = {"dout": "out", "delta": "lse"}.get(name, name)
     return ROLES[name][call.layout] if name in ROLES else TERM_ROLES[name]
 
 
@@ -345,6 +341,7 @@ class _Gradients:
             "v": "bhje",
             "dout": "bhrie",
             "lse": "bhri",
+            "low": "bhri",
             "delta": "bhri",
         }
         names = [*axes, *(name for name in LOGIT_TERMS if self.call.has(name))]
@@ -367,7 +364,9 @@ class _Gradients:
         call, dtype = self.call, compute_dtype(self.call)
         at = _masks.positions(call, arrays, tile, COLUMNS)
         visible = _masks.visible(call, arrays, tile, at, COLUMNS) if partial else None
-        q, k, v, dout = (blocks[name].astype(dtype) for name in ("q", "k", "v", "dout"))
+        k, v, dout = (blocks[name].astype(dtype) for name in ("k", "v", "dout"))
+        q = folded(call, blocks["q"])
+        lse, low, delta = (blocks[name][:, :, None] for name in ("lse", "low", "delta"))
         if visible is not None:
             rows, columns = (_masks.sees(visible, COLUMNS, letter) for letter in "ij")
             q = _masks.cleaned(q, "bhrid", rows, COLUMNS)
@@ -376,10 +375,13 @@ class _Gradients:
                 _masks.cleaned(k, "bhjd", columns, COLUMNS),
                 _masks.cleaned(v, "bhje", columns, COLUMNS),
             )
-        lse, delta = (blocks[name][:, :, None] for name in ("lse", "delta"))
+        if call.has("bias"):
+            # A row that a bias of -inf hides has no mask that says so.
+            none = blocks["lse"][..., None] == -jnp.inf
+            dout = jnp.where(none, jnp.zeros((), dtype), dout)
 
         fold = folds_scale(call)
-        similarity = product(call, scaled(call, k) if fold else k, q, "bhjd,bhrid->bhjri")
+        similarity = product(call, k, q, "bhjd,bhrid->bhjri")
         similarity = similarity if fold else scaled(call, similarity)
         terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
         fixed = {name: x for name, x in terms.items() if name not in self.wanted}
@@ -389,7 +391,12 @@ class _Gradients:
             return logits(call, similarity, fixed | moving, at, visible, COLUMNS)
 
         x, pull = jax.vjp(to_logits, similarity, moving)
-        p = jnp.exp(x - finite_or_zero(lse))
+        below = (x - finite_or_zero(lse)) - low
+        if needs_running_maximum(call, dtype):
+            # No probability is over 1. Rounding may say so where the product of this block adds up
+            # in another order than the forward's; its derivative is none of this bound's.
+            below = below - lax.stop_gradient(jnp.maximum(below, 0))
+        p = jnp.exp(below)
         dp = product(call, v, dout, "bhje,bhrie->bhjri")
         kept = p
         if call.dropout_rate:
@@ -411,7 +418,8 @@ class _Gradients:
         result |= dterms
         ds = ds.astype(dtype)
         if "k" in self.wanted:
-            result["k"] = scaled(call, product(call, ds, q, "bhjri,bhrid->bhjd"))
+            dk = product(call, ds, q, "bhjri,bhrid->bhjd")
+            result["k"] = dk if fold else scaled(call, dk)
         if "q" in self.wanted:
             result["q"] = scaled(call, product(call, k, ds, "bhjd,bhjri->bhdri"))
         return result
@@ -485,6 +493,11 @@ def _pair_sum_rule(function: Any, floats: Blocks, others: Blocks) -> Blocks:
                 name: tile.take(floats[name], slot.roles, slot.axes)
                 for name, slot in inputs.items()
             }
+            # The gradient of a term is summed within a block too, in the dtype of its block.
+            wide = {
+                name: blocks[name].astype(call.acc_dtype) for name in LOGIT_TERMS if name in blocks
+            }
+            blocks |= wide
             share = function(arrays, tile, partial, blocks)
             return {
                 name: tile.put(sums[name], slot.roles, share[name], slot.axes, add=True)

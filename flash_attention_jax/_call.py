@@ -23,6 +23,7 @@ ROLES: dict[str, dict[Layout, str]] = {
     "v": {"heads_first": "bkje", "heads_last": "bjke"},
     "out": {"heads_first": "bnie", "heads_last": "bine"},
     "lse": {"heads_first": "bni", "heads_last": "bin"},
+    "low": {"heads_first": "bni", "heads_last": "bin"},
 }
 """Axis letters of the arrays whose order depends on the layout.
 

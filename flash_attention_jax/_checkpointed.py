@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from flash_attention_jax import _masks, _online
-from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call
+from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._logits import wide_terms
+from flash_attention_jax._results import Results
 from flash_attention_jax._similarity import normalised
 from flash_attention_jax._tiles import Plan, Tile, plan
 from flash_attention_jax._varying import full, unified
@@ -28,60 +30,59 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call, arrays: Arrays) -> Results:
     """Attention in O(n) memory, differentiable to any order in any mode.
 
     Returns:
-        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+        out, in the call's dtype, lse and low, with the axes `ROLES` of the call's layout.
     """
     arrays = unified(_widened(call, normalised(call, arrays)))
+    roles = Results(*(ROLES[name][call.layout] for name in Results._fields))
     if 0 in (call.batch, call.q_len):
-        out, lse = (call.shape(ROLES[name][call.layout]) for name in ("out", "lse"))
-        return full(out, 0, call.dtype, arrays), full(lse, 0, call.acc_dtype, arrays)
+        empty = (full(call.shape(axes), 0, call.acc_dtype, arrays) for axes in roles)
+        return _in_dtype(call, Results(*empty))
     elements = 2**18 if call.platform == "cpu" else 2**25
     steps = plan(call, 512, 512, elements, sums_queries=False)
     visits = _masks.Visits.of(steps, arrays)
 
-    def query_block(_: None, step: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def query_block(_: None, step: jax.Array) -> tuple[None, Results]:
         rows = jax.checkpoint(lambda arrays: _attend_rows(arrays, steps, visits, step))(arrays)
         return None, rows
 
     count = jnp.arange(steps.units * steps.queries.count, dtype=jnp.int32)
-    _, (rows, row_lse) = lax.scan(query_block, None, count)
+    _, rows = lax.scan(query_block, None, count)
 
-    def place(
-        carry: tuple[jax.Array, jax.Array], block: Any
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        (out, lse), (step, rows, row_lse) = carry, block
+    def place(whole: Results, block: tuple[jax.Array, Results]) -> tuple[Results, None]:
+        step, rows = block
         tile = _tile(steps, step, 0)
-        out = tile.put(out, ROLES["out"][call.layout], rows, "bhrie")
-        return (out, tile.put(lse, ROLES["lse"][call.layout], row_lse, "bhri")), None
+        placed = (
+            tile.put(x, axes, part, "bhrie"[: part.ndim])
+            for x, axes, part in zip(whole, roles, rows, strict=True)
+        )
+        return Results(*placed), None
 
-    out = full(call.shape(ROLES["out"][call.layout]), 0, call.dtype, rows)
-    lse = full(call.shape(ROLES["lse"][call.layout]), 0, call.acc_dtype, rows)
-    (out, lse), _ = lax.scan(place, (out, lse), (count, rows, row_lse))
-    return out, lse
+    whole = Results(
+        *(full(call.shape(axes), 0, x.dtype, rows) for axes, x in zip(roles, rows, strict=True))
+    )
+    return lax.scan(place, whole, (count, rows))[0]
+
+
+def _in_dtype(call: Call, results: Results) -> Results:
+    return results._replace(out=results.out.astype(call.dtype))
 
 
 def _widened(call: Call, arrays: Arrays) -> Arrays:
-    """16-bit arrays made wide: JAX sums the gradients of blocks in the dtype of the array."""
-    fields = {name: getattr(arrays, name) for name in DIFFERENTIABLE}
-    wide = {name: x.astype(call.acc_dtype) for name, x in fields.items() if _is_16_bit(x)}
-    return arrays._replace(**wide)
-
-
-def _is_16_bit(x: Any) -> bool:
-    return x is not None and x.dtype.itemsize == 2
+    """The arrays made wide: JAX sums the gradients of blocks in the dtype of the array."""
+    q, k, v = (x.astype(call.acc_dtype) for x in (arrays.q, arrays.k, arrays.v))
+    return wide_terms(call, arrays._replace(q=q, k=k, v=v))
 
 
 def _tile(steps: Plan, step: jax.Array, key_block: Any) -> Tile:
     return steps.tile(step // steps.queries.count, step % steps.queries.count, key_block)
 
 
-def _attend_rows(
-    arrays: Arrays, steps: Plan, visits: _masks.Visits, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """One block of queries against the keys that it sees: out (b, h, r, i, e), lse (b, h, r, i)."""
+def _attend_rows(arrays: Arrays, steps: Plan, visits: _masks.Visits, number: jax.Array) -> Results:
+    """One block of queries against the keys that it sees, with the axes of `_online.end`."""
     call = steps.call
     tile = _tile(steps, number, 0)
     q = _online.queries(call, arrays, tile)
@@ -106,5 +107,4 @@ def _attend_rows(
     carry = _online.start(call, tile, q)
     if call.k_len:
         carry, _ = lax.scan(key_block, carry, jnp.arange(steps.keys.count, dtype=jnp.int32))
-    out, lse = _online.end(call, arrays, tile, carry)
-    return out.astype(call.dtype), lse
+    return _in_dtype(call, _online.end(call, arrays, tile, carry))

@@ -12,6 +12,7 @@ from jax import lax
 
 from flash_attention_jax import _check, _dispatch, _masks, _order, _parts, _ring, _ulysses
 from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._results import Results
 
 WAYS = ("auto", "ring", "ulysses", "ring+ulysses")
 
@@ -160,10 +161,10 @@ def attend(
         implementation: The engine asked for.
     """
 
-    def whole(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    def whole(call: Call, arrays: Arrays) -> Results:
         return _dispatch.engine(_parts.choose_whole(call, implementation))(call, arrays)
 
-    def around(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    def around(call: Call, arrays: Arrays) -> Results:
         engine = _parts.choose(call, implementation)
         ring = _ring.Ring(call, engine, axes[0], chosen.ring, chosen.order == "zigzag")
         return _ring.attend(ring, arrays)
@@ -171,7 +172,7 @@ def attend(
     inner = around if chosen.ring > 1 else whole
     if chosen.ulysses > 1:
         return _ulysses.attend(call, arrays, axes[-1], chosen.ulysses, inner)
-    return inner(call, arrays)
+    return inner(call, arrays)[:2]
 
 
 def with_origin(

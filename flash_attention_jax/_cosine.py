@@ -36,9 +36,9 @@ def flash_cosine_sim_attention(
 
         logits = scale * l2norm(q) l2norm(k)^T + ...,  the rest as in `flash_attention`
 
-    The logits are within +-scale * groups, so for a number up to 60 and nothing added to them no
-    running maximum is needed and nothing is rescaled; otherwise the running maximum is used, with
-    the same result.
+    The logits are within +-scale * groups. Up to 22 (177 in float64), with nothing added to them,
+    no running maximum is needed and nothing is rescaled: exact to rounding for values between 1e-28
+    and 1e28 / j in magnitude. Otherwise the running maximum is used, with the same result.
 
     Args:
         q: Queries, as in `flash_attention`.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flash_attention_jax import _dropout, _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled
+from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled, wide_terms
+from flash_attention_jax._results import Results
 from flash_attention_jax._similarity import normalised
 from flash_attention_jax._tiles import Tile
 
@@ -23,13 +22,13 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(call: Call, arrays: Arrays) -> Results:
     """Attention by the definition, line by line.
 
     Returns:
-        out and lse, with the axes `ROLES` of the call's layout; lse is in the accumulator's dtype.
+        out, in the call's dtype, lse and low, with the axes `ROLES` of the call's layout.
     """
-    arrays = normalised(call, arrays)
+    arrays = wide_terms(call, normalised(call, arrays))
     tile = Tile.whole(call)
     q = tile.take(arrays.q, ROLES["q"][call.layout], "bhrid")
     k = tile.take(arrays.k, ROLES["k"][call.layout], "bhjd")
@@ -54,11 +53,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         p = jnp.where(_dropout.keep(words, at.j, call.dropout_rate), p, jnp.zeros((), p.dtype))
     acc = product(call, p.astype(v.dtype), v, "bhrij,bhje->bhrie")
     sinks = None if arrays.sinks is None else tile.take(arrays.sinks, "n", "bhri").astype(l.dtype)
-    out, lse = finish(call, m, l, acc, sinks)
-    return place(call, tile, out, "out", call.dtype), place(call, tile, lse, "lse", lse.dtype)
+    found = finish(call, m, l, acc, sinks)
+    whole = {name: place(call, tile, block, name) for name, block in found._asdict().items()}
+    return Results(**whole | {"out": whole["out"].astype(call.dtype)})
 
 
-def place(call: Call, tile: Tile, block: jax.Array, name: str, dtype: Any) -> jax.Array:
-    """A whole result in the call's layout and dtype."""
+def place(call: Call, tile: Tile, block: jax.Array, name: str) -> jax.Array:
+    """A whole result in the call's layout."""
     roles = ROLES[name][call.layout]
-    return tile.put(jnp.zeros(call.shape(roles), dtype), roles, block, "bhrie"[: block.ndim])
+    return tile.put(jnp.zeros(call.shape(roles), block.dtype), roles, block, "bhrie"[: block.ndim])

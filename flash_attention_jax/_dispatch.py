@@ -6,23 +6,22 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from flash_attention_jax import _blocked, _checkpointed, _dense
 from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._results import Results
 from flash_attention_jax.kernels import _support, triton_support
 
-Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
+Attend = Callable[[Call, Arrays], Results]
 
 
-def _hopper(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _hopper(call: Call, arrays: Arrays) -> Results:
     """The kernels, imported when a call first runs on them; blocked nests their derivatives."""
     from flash_attention_jax.kernels import attention
 
     return attention.attend(_blocked.attend, call, arrays)
 
 
-def _triton(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _triton(call: Call, arrays: Arrays) -> Results:
     from flash_attention_jax.kernels import triton_attention
 
     return triton_attention.attend(_blocked.attend, call, arrays)

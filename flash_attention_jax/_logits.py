@@ -2,8 +2,6 @@
 
 logits = softcap(scale * similarity + alibi + relative_bias + bias),  then -inf where not visible
 out    = acc / l,  lse = m + log l,  and the sink, if any, joins the denominator last
-
-and merged = sum of exp(lse_part - lse) * out_part, where the keys were split in parts.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from jax import lax
 
 from flash_attention_jax._call import TERM_ROLES, Arrays, Call
 from flash_attention_jax._masks import Positions
+from flash_attention_jax._results import Results, finite_or_zero, lse_of
 from flash_attention_jax._tiles import Tile
 
 LOGIT_TERMS = ("scale", "alibi_slopes", "relative_bias", "bias")
@@ -36,6 +35,16 @@ def product(call: Call, a: jax.Array, b: jax.Array, equation: str) -> jax.Array:
     return jnp.einsum(
         equation, a, b, precision=precision_of(call), preferred_element_type=call.acc_dtype
     )
+
+
+def wide_terms(call: Call, arrays: Arrays) -> Arrays:
+    """The differentiable terms in the accumulator's dtype.
+
+    JAX sums the gradient of an array that is used more than once in the array's own dtype; so the
+    sum is wide, and rounded once at its end.
+    """
+    names = [name for name in (*LOGIT_TERMS, "sinks") if getattr(arrays, name) is not None]
+    return arrays._replace(**{name: getattr(arrays, name).astype(call.acc_dtype) for name in names})
 
 
 def cut_terms(arrays: Arrays, tile: Tile, axes: str) -> dict[str, jax.Array]:
@@ -104,14 +113,9 @@ def scaled(call: Call, x: jax.Array) -> jax.Array:
     return x if call.scale is None or call.scale == 1 else x * np.asarray(call.scale, x.dtype)
 
 
-def finite_or_zero(x: jax.Array) -> jax.Array:
-    """-inf replaced by 0: what to subtract in exp, so that -inf - -inf never arises."""
-    return jnp.where(x == -jnp.inf, jnp.zeros((), x.dtype), x)
-
-
 def finish(
     call: Call, m: jax.Array | None, l: jax.Array, acc: jax.Array, sinks: jax.Array | None
-) -> tuple[Any, Any]:
+) -> Results:
     """Normalise the sums of one block of rows.
 
     Args:
@@ -123,32 +127,29 @@ def finish(
         sinks: One logit per row's head, broadcastable to l, or None.
 
     Returns:
-        out (..., i, e), zero for a row without a key, and lse (..., i), -inf for a row without key
-        or sink.
+        out (..., i, e), zero for a row without a key, and lse and low (..., i), -inf and 0 for a
+        row without key or sink.
     """
     none = l == 0
-    safe = jnp.where(none, jnp.ones_like(l), l)
-    lse = jnp.log(safe) if m is None else finite_or_zero(m) + jnp.log(safe)
-    lse = jnp.where(none, jnp.full((), -jnp.inf, l.dtype), lse)
-    weight = 1 / safe
+    m = jnp.where(none, jnp.full((), -jnp.inf, l.dtype), jnp.zeros_like(l) if m is None else m)
     if sinks is not None:
-        top = lax.stop_gradient(jnp.maximum(lse, sinks))
-        top = finite_or_zero(top)
-        total = top + jnp.log(
-            jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse) - top)) + jnp.exp(sinks - top)
-        )
-        weight = weight * jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse) - total))
-        lse = total
+        m, l, acc = with_sink(m, l, acc, sinks)
+    weight = 1 / jnp.where(l == 0, jnp.ones_like(l), l)
     if call.dropout_rate:
         weight = weight / (1 - call.dropout_rate)
-    return acc * weight[..., None], lse
+    # A constant where nothing was seen, so that no cotangent, finite or not, passes.
+    out = jnp.where(none[..., None], jnp.zeros((), acc.dtype), acc * weight[..., None])
+    return Results(out, *lse_of(m, l))
 
 
-def merge_stacked(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Merge parts along the first axis: outs (parts, ..., e) and lses (parts, ...), one dtype."""
-    zero = jnp.zeros((), lses.dtype)
-    none = (lses == -jnp.inf).all(axis=0)
-    safe = jnp.where(none, zero, lses)
-    lse = jnp.where(none, jnp.full((), -jnp.inf, lses.dtype), jax.nn.logsumexp(safe, axis=0))
-    weights = jnp.where(none, zero, jnp.exp(safe - jnp.where(none, zero, lse)))
-    return (weights[..., None] * outs).sum(axis=0), lse
+def with_sink(
+    m: jax.Array, l: jax.Array, acc: jax.Array, sinks: jax.Array, exp: Any = jnp.exp
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of rows with their sink: one more key, whose value is 0.
+
+    `exp` is that of the base in which m and the sinks are logarithms.
+    """
+    top = lax.stop_gradient(jnp.maximum(m, sinks))
+    safe = finite_or_zero(top)
+    shrink = exp(m - safe)
+    return top, l * shrink + exp(sinks - safe), acc * shrink[..., None]

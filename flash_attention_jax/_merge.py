@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax import _check
-from flash_attention_jax._logits import merge_stacked
+from flash_attention_jax._results import merge_stacked
 from flash_attention_jax._types import (
     Array,
     ArrayLike,
@@ -20,8 +20,10 @@ def merge_attention(*parts: tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
 
         lse = logsumexp(lse_1, lse_2, ...),  out = sum of exp(lse_m - lse) * out_m
 
-    Differentiable in every out and lse. A part that saw no key (lse = -inf) adds nothing. Sinks
-    belong to one part.
+    Differentiable in every out and lse. A part that saw no key (lse = -inf) adds nothing, whatever
+    its out holds. Sinks belong to one part. The weights add up to 1 whatever the lses are; where
+    they are so large that their unit in the last place is over 1 (a bias of -1e9 on a whole row),
+    how many keys stand behind each is lost, and parts of one lse count alike.
 
     Args:
         *parts: Pairs (out, lse) of one shape (..., e) and (...), as functions return them with
@@ -72,7 +74,8 @@ def merge_attention(*parts: tuple[ArrayLike, ArrayLike]) -> tuple[Array, Array]:
     outs = [jnp.asarray(out) for out, _ in parts]
     lses = [jnp.asarray(lse) for _, lse in parts]
     wide = functools.reduce(np.promote_types, (x.dtype for x in lses), np.dtype(np.float32))
-    out, lse = merge_stacked(
-        jnp.stack([x.astype(wide) for x in outs]), jnp.stack([x.astype(wide) for x in lses])
+    stacked = jnp.stack([x.astype(wide) for x in lses])
+    merged = merge_stacked(
+        jnp.stack([x.astype(wide) for x in outs]), stacked, jnp.zeros_like(stacked)
     )
-    return out.astype(outs[0].dtype), lse
+    return merged.out.astype(outs[0].dtype), merged.lse

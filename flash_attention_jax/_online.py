@@ -20,7 +20,8 @@ from jax import lax
 from flash_attention_jax import _dropout, _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._exponential import exponential
-from flash_attention_jax._logits import cut_terms, finish, finite_or_zero, logits, product, scaled
+from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled
+from flash_attention_jax._results import Results, finite_or_zero
 from flash_attention_jax._similarity import needs_running_maximum
 from flash_attention_jax._tiles import Tile
 from flash_attention_jax._varying import full
@@ -37,16 +38,23 @@ def compute_dtype(call: Call) -> Any:
 
 
 def folds_scale(call: Call) -> bool:
-    """Whether the static scale multiplies an operand (fewer numbers) rather than the product.
+    """Whether the static scale multiplies the queries (fewer numbers) rather than the product.
 
-    Only where the operand is in the accumulator's dtype, so that nothing is rounded by it.
+    Only where they are in the accumulator's dtype, so that nothing is rounded by it. Forward and
+    backward fold it into the same operand: a logit of 1e6 that differed in its last bit would move
+    its probability by a tenth.
     """
     return compute_dtype(call) == call.acc_dtype
 
 
 def queries(call: Call, arrays: Arrays, tile: Tile) -> jax.Array:
     """The tile's queries as `step` wants them (b, h, r, i, d)."""
-    q = tile.take(arrays.q, ROLES["q"][call.layout], "bhrid").astype(compute_dtype(call))
+    return folded(call, tile.take(arrays.q, ROLES["q"][call.layout], "bhrid"))
+
+
+def folded(call: Call, q: jax.Array) -> jax.Array:
+    """Queries as the product wants them: in its dtype, times the static scale where it folds."""
+    q = q.astype(compute_dtype(call))
     return scaled(call, q) if folds_scale(call) else q
 
 
@@ -104,8 +112,8 @@ def step(
     return m, l, acc + product(call, p.astype(dtype), v, "bhrij,bhje->bhrie")
 
 
-def end(call: Call, arrays: Arrays, tile: Tile, carry: Carry) -> tuple[jax.Array, jax.Array]:
-    """Output (b, h, r, i, e) and lse (b, h, r, i) of the tile's queries."""
+def end(call: Call, arrays: Arrays, tile: Tile, carry: Carry) -> Results:
+    """Output (b, h, r, i, e), lse and low (b, h, r, i) of the tile's queries."""
     m, l, acc = carry
     sinks = None if arrays.sinks is None else tile.take(arrays.sinks, "n", "bhri").astype(l.dtype)
     return finish(call, m, l, acc, sinks)

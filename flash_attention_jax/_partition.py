@@ -28,6 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flash_attention_jax import _parts
 from flash_attention_jax._blocked import split
 from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._results import Results, saved
 from flash_attention_jax._similarity import normalised
 
 Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
@@ -54,9 +55,9 @@ def attend(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array
     if AxisType.Explicit in kinds:
         return _explicit(engine, call, arrays)
     if kinds != {AxisType.Auto} or engine.gradients is None:
-        return engine.run(call, arrays)
+        return engine.run(call, arrays)[:2]
     prepared = normalised(call, arrays) if engine.normalised else arrays
-    out, lse = _attend(engine, call, *split(prepared))
+    out, lse, _ = _attend(engine, call, *split(prepared))
     return out.astype(call.dtype), lse
 
 
@@ -148,7 +149,7 @@ def _explicit(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Ar
 
     def one(given: Blocks) -> tuple[jax.Array, jax.Array]:
         smaller, own = cut.local(call, given)
-        return engine.run(smaller, Arrays(**own))
+        return engine.run(smaller, Arrays(**own))[:2]
 
     results = tuple(
         cut.spec(call, name, call.shape(_parts.roles(call.layout, name))) for name in ("out", "lse")
@@ -250,8 +251,7 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
 @functools.cache
 def _forward_of(engine: _parts.Engine) -> Any:
     def forward(call: Call, given: Blocks) -> Blocks:
-        out, lse = engine.attend(call, Arrays(**given))
-        return {"out": out, "lse": lse}
+        return engine.attend(call, Arrays(**given))._asdict()
 
     return forward
 
@@ -260,7 +260,7 @@ def _forward_of(engine: _parts.Engine) -> Any:
 def _gradients_of(engine: _parts.Engine, names: Names) -> Any:
     def gradients(call: Call, given: Blocks) -> Blocks:
         rest = dict(given)
-        results = rest.pop("out"), rest.pop("lse")
+        results = Results(*(rest.pop(name) for name in Results._fields))
         cotangents = rest.pop("dout"), rest.pop("dlse")
         floats = {name: rest.pop(name) for name in names}
         return engine.gradients(call, floats, rest, results, cotangents)  # pyright: ignore[reportOptionalCall]
@@ -268,23 +268,23 @@ def _gradients_of(engine: _parts.Engine, names: Names) -> Any:
     return gradients
 
 
-def _rule(engine: _parts.Engine, call: Call, floats: Blocks, others: Blocks) -> Any:
-    shapes = {name: call.shape(_parts.roles(call.layout, name)) for name in ("out", "lse")}
-    found = _run(_forward_of(engine), call, floats | others, ("out", "lse"), shapes)
-    return found["out"], found["lse"]
+def _rule(engine: _parts.Engine, call: Call, floats: Blocks, others: Blocks) -> Results:
+    names = Results._fields
+    shapes = {name: call.shape(_parts.roles(call.layout, name)) for name in names}
+    return Results(**_run(_forward_of(engine), call, floats | others, names, shapes))
 
 
 _attend: Any = jax.custom_vjp(_rule, nondiff_argnums=(0, 1))
 
 
 def _attend_forward(engine: _parts.Engine, call: Call, floats: Blocks, others: Blocks) -> Any:
-    results = _attend(engine, call, floats, others)
+    results = saved(_attend(engine, call, floats, others))
     return results, (floats, others, results)
 
 
 def _attend_backward(engine: _parts.Engine, call: Call, residuals: Any, ct: Any) -> Any:
-    floats, others, (out, lse) = residuals
-    moving = floats | {"out": out, "lse": lse, "dout": ct[0], "dlse": ct[1]}
+    floats, others, results = residuals
+    moving = floats | results._asdict() | {"dout": ct.out, "dlse": ct.lse}
     found = _gradients(engine, call, tuple(floats), moving, others)
     return {name: found[name].astype(x.dtype) for name, x in floats.items()}, None
 

@@ -19,6 +19,7 @@ from jax import lax
 
 from flash_attention_jax import _blocked, _dispatch, _masks
 from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call, Layout
+from flash_attention_jax._results import Results, finite_or_zero
 from flash_attention_jax._tiles import Axis, Plan
 
 Blocks = dict[str, Any]
@@ -146,19 +147,19 @@ class Engine:
 
     Attributes:
         name: That of the implementation.
-        attend: (call, arrays) -> out and lse.
-        gradients: (call, floats, others, (out, lse), (dout, dlse)) -> the gradients' shares of the
+        attend: (call, arrays) -> `Results`.
+        gradients: (call, floats, others, results, (dout, dlse)) -> the gradients' shares of the
             part where results and cotangents are those of the whole; None = JAX differentiates
             `attend`.
         normalised: Whether both take q and k as the product wants them.
     """
 
     name: str
-    attend: Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
+    attend: Callable[[Call, Arrays], Results]
     gradients: Callable[..., Blocks] | None = None
     normalised: bool = False
 
-    def run(self, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    def run(self, call: Call, arrays: Arrays) -> Results:
         """A call that is no part."""
         return _dispatch.engine(self.name)(call, arrays)
 
@@ -182,16 +183,22 @@ def _recomputing(attend: Callable[[Call, Arrays], Any]) -> Callable[..., Blocks]
     dout_part = w * dout and dlse_part = w * (dlse + rowsum((out_part - out) * dout)).
     """
 
-    def gradients(call: Call, floats: Blocks, others: Blocks, results: Any, ct: Any) -> Blocks:
-        (out, lse), (dout, dlse) = results, ct
-        (part, part_lse), pull = jax.vjp(lambda x: attend(call, Arrays(**x, **others)), floats)
-        wide = part_lse.dtype
-        saw = part_lse > -jnp.inf
-        zero = jnp.zeros((), wide)
-        weight = jnp.where(saw, jnp.exp(jnp.where(saw, part_lse - lse, zero)), zero)
-        apart = ((part.astype(wide) - out.astype(wide)) * dout.astype(wide)).sum(axis=-1)
-        dout = (weight[..., None] * dout.astype(wide)).astype(part.dtype)
-        (found,) = pull((dout, weight * (dlse + apart)))
+    def gradients(call: Call, floats: Blocks, others: Blocks, whole: Results, ct: Any) -> Blocks:
+        dout, dlse = ct
+
+        def run(floats: Blocks) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            out, lse, low = attend(call, Arrays(**floats, **others))
+            return (out, lse), low
+
+        (out, lse), pull, low = jax.vjp(run, floats, has_aux=True)
+        wide = lse.dtype
+        saw, zero = lse > -jnp.inf, jnp.zeros((), lse.dtype)
+        apart = (jnp.where(saw, lse, zero) - finite_or_zero(whole.lse)) + (low - whole.low)
+        weight = jnp.where(saw, jnp.exp(apart), zero)
+        dout = jnp.where(saw[..., None], dout.astype(wide), zero)
+        farther = ((out.astype(wide) - whole.out.astype(wide)) * dout).sum(axis=-1)
+        dlse = jnp.where(saw, weight * (dlse + farther), zero)
+        (found,) = pull(((weight[..., None] * dout).astype(out.dtype), dlse))
         return {name: x.astype(call.acc_dtype) for name, x in found.items()}
 
     return gradients

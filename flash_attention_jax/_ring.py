@@ -30,9 +30,9 @@ from jax import lax
 
 from flash_attention_jax import _blocked, _masks, _parts
 from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax._merge import merge_attention
 from flash_attention_jax._parts import Part, Run
-from flash_attention_jax._similarity import needs_running_maximum, normalised
+from flash_attention_jax._results import Results, merge_stacked, saved
+from flash_attention_jax._similarity import normalised
 from flash_attention_jax._tiles import Tile
 from flash_attention_jax._varying import full, unified
 
@@ -158,7 +158,7 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), x)
 
 
-def attend(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(ring: Ring, arrays: Arrays) -> Results:
     """Attention over all devices of the axis; inside `shard_map`.
 
     Args:
@@ -167,31 +167,32 @@ def attend(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
             mask, bias or relative bias whole along the keys.
 
     Returns:
-        The device's out and lse.
+        Those of the device's queries.
     """
     device = lax.axis_index(ring.axis)
     if ring.engine.normalised:
         arrays = normalised(ring.call, arrays)
     arrays, _ = unified((arrays, device))
     if ring.engine.gradients is None:
-        out, lse = _walk(ring, arrays)
+        results = _walk(ring, arrays)
     else:
-        out, lse = _attend(ring, *_blocked.split(arrays))
-    return out.astype(ring.call.dtype), lse
+        results = _attend(ring, *_blocked.split(arrays))
+    return results._replace(out=results.out.astype(ring.call.dtype))
 
 
 # --- forward ---
 
 
-def _walk(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Out in the accumulator's dtype, and lse."""
+def _walk(ring: Ring, arrays: Arrays) -> Results:
+    """The results, with out in the accumulator's dtype."""
     call, device = ring.local, lax.axis_index(ring.axis)
     fixed, keys = _apart(arrays)
-    # Where the logits are bounded, the parts are plain sums of exp(lse) * out and of exp(lse).
-    adds = not needs_running_maximum(call, call.acc_dtype)
-    join = _added if adds else merge_attention
-    out = full(call.shape(ROLES["out"][call.layout]), 0, call.acc_dtype, arrays)
-    lse = full(call.shape(ROLES["lse"][call.layout]), 0 if adds else -jnp.inf, out.dtype, arrays)
+    nothing = Results(
+        *(
+            full(call.shape(ROLES[name][call.layout]), value, call.acc_dtype, arrays)
+            for name, value in (("out", 0), ("lse", -jnp.inf), ("low", 0))
+        )
+    )
 
     def visit(owner: Any, moving: Blocks, carry: Any) -> Any:
         here = Arrays(**fixed, **moving)
@@ -200,16 +201,16 @@ def _walk(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
             smaller, cut = part.record(here)
             cut = unified(cut)
 
-            def compute(carry: Any) -> Any:
-                sums = part.cut("out", carry[0]), part.cut("lse", carry[1])
-                out, lse = join(sums, ring.engine.attend(smaller, cut))
-                return part.put("out", carry[0], out), part.put("lse", carry[1], lse)
+            def compute(carry: Results) -> Results:
+                have = Results(*map(part.cut, Results._fields, carry))
+                merged = _merged(have, ring.engine.attend(smaller, cut))
+                return Results(*map(part.put, Results._fields, carry, merged))
 
             return _where(_parts.sees_any(smaller, cut), compute, carry)
 
         return _over_parts(ring, device, owner, one, carry)
 
-    carry = (out, lse)
+    carry = nothing
     for number, sweep in enumerate(ring.sweeps or (Sweep(1, 0, ()),)):
 
         def step(state: Any, hop: jax.Array, sweep: Sweep = sweep) -> tuple[Any, None]:
@@ -222,12 +223,18 @@ def _walk(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         if hops.size:
             (moving, carry), _ = lax.scan(step, (moving, carry), hops)
         carry = visit(ring.owner(device, sweep, sweep.hops), moving, carry)
-    out, lse = _quotient(*carry) if adds else carry
     if arrays.sinks is None:
-        return out, lse
+        return carry
     tile = Tile.whole(call)
-    sinks = tile.put(lse, ROLES["lse"][call.layout], tile.take(arrays.sinks, "n", "bhri"), "bhri")
-    return merge_attention((out, lse), (jnp.zeros_like(out), sinks))
+    sinks = tile.take(arrays.sinks, "n", "bhri").astype(call.acc_dtype)
+    sinks = tile.put(carry.lse, ROLES["lse"][call.layout], sinks, "bhri")
+    return _merged(carry, Results(jnp.zeros_like(carry.out), sinks, jnp.zeros_like(sinks)))
+
+
+def _merged(*parts: Results) -> Results:
+    """Parts of the keys as one, in the dtype of the first out."""
+    outs = [part.out.astype(parts[0].out.dtype) for part in parts]
+    return merge_stacked(*map(jnp.stack, (outs, *zip(*(part[1:] for part in parts), strict=True))))
 
 
 def _apart(arrays: Arrays) -> tuple[Blocks, Blocks]:
@@ -252,23 +259,10 @@ def _where(some: jax.Array | None, compute: Any, carry: Any) -> Any:
     return compute(carry) if some is None else lax.cond(some, compute, lambda c: c, carry)
 
 
-def _added(sums: Any, part: Any) -> Any:
-    """Sums of exp(lse) * out and of exp(lse) with a part joined."""
-    weight = jnp.exp(part[1])
-    return sums[0] + weight[..., None] * part[0].astype(sums[0].dtype), sums[1] + weight
-
-
-def _quotient(acc: jax.Array, l: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Out and lse from these sums."""
-    none = l == 0
-    safe = jnp.where(none, jnp.ones_like(l), l)
-    return acc / safe[..., None], jnp.where(none, jnp.full_like(l, -jnp.inf), jnp.log(safe))
-
-
 # --- backward ---
 
 
-def _rule(ring: Ring, floats: Blocks, others: Blocks) -> tuple[jax.Array, jax.Array]:
+def _rule(ring: Ring, floats: Blocks, others: Blocks) -> Results:
     return _walk(ring, Arrays(**floats, **others))
 
 
@@ -276,13 +270,14 @@ _attend: Any = jax.custom_vjp(_rule, nondiff_argnums=(0,))
 
 
 def _attend_forward(ring: Ring, floats: Blocks, others: Blocks) -> tuple[Any, Any]:
-    results = _attend(ring, floats, others)
+    results = saved(_attend(ring, floats, others))
     return results, (floats, others, results)
 
 
 def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Blocks, None]:
     """Each part's share, from the results of the whole; dk and dv follow the keys."""
     floats, others, results = residuals
+    cotangents = cotangents[:2]
     gradients = ring.engine.gradients
     if gradients is None:
         raise RuntimeError("JAX differentiates what this engine computes.")
@@ -303,8 +298,8 @@ def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Block
             cut = unified(cut)
 
             def compute(totals: Blocks) -> Blocks:
-                rows = [part.cut(name, x) for name, x in zip(("out", "lse"), results, strict=True)]
-                ct = [part.cut(name, x) for name, x in zip(("out", "lse"), cotangents, strict=True)]
+                rows = Results(*map(part.cut, Results._fields, results))
+                ct = tuple(map(part.cut, ("out", "lse"), cotangents))
                 shares = gradients(smaller, *_blocked.split(cut), rows, ct)
                 return {name: part.add(name, x, shares[name]) for name, x in totals.items()}
 

@@ -11,18 +11,14 @@ from jax import lax
 
 from flash_attention_jax._call import Arrays, Call
 
-# exp(60) * 2**31 keys * values of 1e3 is still under float32's largest number, and exp(-60) far
-# over its smallest, so logits within +-60 need no running maximum and no offset. (With an offset of
-# -bound, exp underflows beyond 43.)
-LARGEST_SAFE_BOUND = 60.0
-
 
 def l2norm(x: Any, groups: int = 1) -> Any:
     """Scale `x` to unit l2 norm over its last axis, or over each of `groups` chunks of it.
 
-    The norm is taken in float32 at least; the result has x's dtype. At a zero vector the gradient
-    is zero, and at one that is not finite too: its unit vector is NaN, a constant, which no
-    gradient leaves where nothing sees it.
+    The norm is taken in float32 at least, of x divided by a power of two near its largest
+    magnitude, so no square overflows or is lost; the result has x's dtype. At a zero vector the
+    gradient is zero, and at one that is not finite too: its unit vector is NaN, a constant, which
+    no gradient leaves where nothing sees it.
     """
     wide = x.astype(np.promote_types(x.dtype, np.float32)).reshape(*x.shape[:-1], groups, -1)
     return _unit(wide).reshape(x.shape).astype(x.dtype)
@@ -30,6 +26,7 @@ def l2norm(x: Any, groups: int = 1) -> Any:
 
 @jax.custom_jvp
 def _unit(x: jax.Array) -> jax.Array:
+    x, _ = _near_one(x)
     return x * _inverse_norm(x, jnp.nan)
 
 
@@ -37,12 +34,26 @@ def _unit(x: jax.Array) -> jax.Array:
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Tangent of the unit vector u: (dx - u (u . dx)) / |x|, the part of dx across x."""
     (x,), (dx,) = primals, tangents
-    finite = jnp.isfinite(_square(x))
-    safe = jnp.where(finite, x, jnp.zeros_like(x))
+    near, factor = _near_one(x)
+    finite = jnp.isfinite(_square(near))
+    safe = jnp.where(finite, near, jnp.zeros_like(near))
     unit = _unit(safe)
     across = dx - unit * _dot(unit, dx)
-    du = across * _inverse_norm(safe, 0.0)
+    du = (across * _inverse_norm(safe, 0.0)) * jnp.where(finite, factor, jnp.zeros_like(factor))
     return jnp.where(finite, unit, jnp.full_like(unit, jnp.nan)), du
+
+
+def _near_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` times a power of two that brings its largest magnitude near 1, and that power.
+
+    Exact: nothing is rounded by it. It is a constant to differentiation.
+    """
+    info = jnp.finfo(x.dtype)
+    largest = jnp.abs(lax.stop_gradient(x)).max(axis=-1, keepdims=True)
+    # Without mantissa a number is a power of two. Both ends have a normal inverse.
+    power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
+    factor = 1 / jnp.clip(power, 2.0 ** (info.minexp + 1), 2.0 ** (-info.minexp))
+    return x * factor, factor
 
 
 def _inverse_norm(x: jax.Array, otherwise: float) -> jax.Array:
@@ -70,13 +81,25 @@ def normalised(call: Call, arrays: Arrays) -> Arrays:
     return arrays
 
 
+def largest_safe_bound(acc_dtype: Any, probs_dtype: Any) -> float:
+    """Up to which bound of the logits exp needs no running maximum.
+
+    Without one, exp(logit) and its product with a value are between exp(-bound) and exp(bound)
+    times what they are with one. Of the range of the accumulator's exponents a quarter is given to
+    that: 22 for float32. So the result is exact to rounding for values between 1e-28 and 1e28 / n
+    in magnitude (and 0); beyond the bound the running maximum is used. What the probabilities are
+    rounded to before they multiply the values must hold them as normal numbers.
+    """
+    sums, probs = jnp.finfo(acc_dtype), jnp.finfo(probs_dtype)
+    ends = (float(np.log(float(probs.max))), -float(np.log(float(probs.tiny))))
+    return min(float(np.log(float(sums.max))) / 4, *ends)
+
+
 def needs_running_maximum(call: Call, probs_dtype: Any) -> bool:
     """Whether logits are unbounded, or bounded too loosely for exp without a running maximum.
 
     Args:
         call: The call.
-        probs_dtype: What exp(logits) is rounded to before it multiplies the values; float16 ends at
-            exp(11).
+        probs_dtype: What exp(logits) is rounded to before it multiplies the values.
     """
-    limit = 8.0 if jnp.dtype(probs_dtype) == jnp.float16 else LARGEST_SAFE_BOUND
-    return call.bound is None or call.bound > limit
+    return call.bound is None or call.bound > largest_safe_bound(call.acc_dtype, probs_dtype)

@@ -23,9 +23,10 @@ from jax import lax
 
 from flash_attention_jax import _check
 from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax._results import Results
 from flash_attention_jax._varying import unified
 
-Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
+Attend = Callable[[Call, Arrays], Results]
 
 
 def check_heads(heads: int, size: int) -> None:
@@ -99,7 +100,7 @@ def attend(
         given["dropout_origin"] = own + first * jnp.asarray([0, 0, 1, 0, 0], jnp.int32)
     terms = tuple((name, x.shape, str(x.dtype)) for name, x in given.items() if name not in ROLES)
     fewer = dataclasses.replace(call, heads=heads, kv_heads=kv_heads, terms=terms)
-    out, lse = inner(fewer, Arrays(**given))
+    out, lse, _ = inner(fewer, Arrays(**given))
     roles = ROLES["out"][call.layout]
     out = lax.all_to_all(out, axis, roles.index("i"), roles.index("n"), tiled=True)
     roles = ROLES["lse"][call.layout]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._results import Results
 from flash_attention_jax.kernels import (
     hopper_backward,
     hopper_bias,
@@ -17,20 +18,19 @@ from flash_attention_jax.kernels import (
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels._config import LARGEST_FUSED_DIM, LARGEST_JOINT_DIM, padded, tiles
 from flash_attention_jax.kernels._support import interpreter
-from flash_attention_jax.kernels.join import Problem, Reference
+from flash_attention_jax.kernels.join import Problem, Reference, Sums
 
 
-def attend(reference: Reference, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(reference: Reference, call: Call, arrays: Arrays) -> Results:
     """Attention by the Hopper kernels; arguments and results as in `join.attend`."""
     return join.attend(KERNELS, reference, call, arrays)
 
 
-def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _forward(problem: Problem, arrays: Arrays) -> Sums:
     call = problem.call
     count = hopper_decode.parts(call)
     if count is not None:
-        out, lse = hopper_decode.forward(call, arrays, problem.factor, count)
-        return out, lse if call.layout == "heads_first" else lse.swapaxes(1, 2)
+        return _in_layout(call, hopper_decode.forward(call, arrays, problem.factor, count))
     sizes = tiles(call, "forward")
     keys = ops.keys_that_are_seen(call, arrays)
     given = {
@@ -42,12 +42,18 @@ def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     given |= ops.terms(call, arrays, sizes.outer, sizes.inner)
     if arrays.sinks is not None:
         given["sinks"] = ops.per_head(call, arrays.sinks) * np.float32(ops.LOG2E)
-    out, lse = hopper_forward.forward(
+    out, *sums = hopper_forward.forward(
         call, given, sizes, problem.factor, interpret=interpreter(call)
     )
     out = cut(out, call.shape(ROLES["out"][call.layout]))
-    lse = cut(lse, (call.batch, call.heads, call.q_len))
-    return out, lse if call.layout == "heads_first" else lse.swapaxes(1, 2)
+    return _in_layout(call, Sums(out, *(cut(x, call.shape("bni")) for x in sums)))
+
+
+def _in_layout(call: Call, sums: Sums) -> Sums:
+    """Sums that are (B, N, T), as the kernel writes them, in the call's layout."""
+    if call.layout == "heads_first":
+        return sums
+    return Sums(sums.out, sums.top.swapaxes(1, 2), sums.total.swapaxes(1, 2))
 
 
 def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -56,7 +62,7 @@ def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _of_q_k_v(
-    problem: Problem, arrays: Arrays, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    problem: Problem, arrays: Arrays, dout: jax.Array, lse2: jax.Array, delta: jax.Array
 ) -> dict[str, jax.Array]:
     """Run the kernels: dq, dk, dv, dbias, and the shares of each query in dslopes and dscale."""
     call, interpret = problem.call, interpreter(problem.call)
@@ -72,8 +78,6 @@ def _of_q_k_v(
         "v": ops.rows_of(call, "v", ops.clean(call, "v", arrays.v, keys)),
         "dout": ops.rows_of(call, "out", ops.clean(call, "out", dout.astype(dtype), rows)),
     }
-    # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
-    lse2 = jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E))
     delta = delta if rows is None else jnp.where(rows, delta, np.float32(0))
 
     def common(q_multiple: int, kv_multiple: int, *, keys_first: bool = False) -> ops.Operands:

@@ -5,7 +5,7 @@ So the query heads that share a key head become rows of one tile, which reads it
 of them; and each program takes a part of the keys, so that every processor reads (Flash-Decoding:
 Dao, Haziza, Massa and Sizov 2023). The kernel is the forward one: a part is a block of queries, the
 same queries each time, whose route holds only the part's keys. The parts merge exactly, in a fixed
-order. The backward pass needs out and lse alone, and is that of every other call.
+order. The backward pass needs out and the sums alone, and is that of every other call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import numpy as np
 
 from flash_attention_jax import _masks
 from flash_attention_jax._call import Arrays, Call
-from flash_attention_jax._logits import finish, merge_stacked
+from flash_attention_jax._logits import with_sink
+from flash_attention_jax._results import finite_or_zero
 from flash_attention_jax.kernels import hopper_forward
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels._config import PROCESSORS, ROWS, tiles
 from flash_attention_jax.kernels._support import interpreter
+from flash_attention_jax.kernels.join import Sums
 
 FEWEST_KEYS = 512
 """From how many keys on a call is split; before, merging costs more than it saves."""
@@ -49,8 +51,8 @@ def parts(call: Call) -> int | None:
     return None if count == 1 and call.group_size == 1 else count
 
 
-def forward(call: Call, arrays: Arrays, factor: float, count: int) -> tuple[jax.Array, jax.Array]:
-    """Out and lse (B, N, T) of a call whose keys are split into `count` parts.
+def forward(call: Call, arrays: Arrays, factor: float, count: int) -> Sums:
+    """Out, and sums (B, N, T), of a call whose keys are split into `count` parts.
 
     Args:
         call: The call.
@@ -72,14 +74,27 @@ def forward(call: Call, arrays: Arrays, factor: float, count: int) -> tuple[jax.
     whole = dataclasses.replace(
         call, heads=call.kv_heads, q_len=count * ROWS, causal=False, window=(None, None)
     )
-    out, lse = hopper_forward.forward(whole, given, sizes, factor, interpret=interpreter(call))
-    out, lse = merge_stacked(*_from_rows(call, out, lse, count))
+    parts = hopper_forward.forward(whole, given, sizes, factor, interpret=interpreter(call))
+    merged = _merged(
+        Sums(*(_from_rows(call, name, x, count) for name, x in parts._asdict().items()))
+    )
     if arrays.sinks is not None:
-        sinks = ops.per_head(call, arrays.sinks)[:, None]
-        seen_any = (lse != -np.inf).astype(lse.dtype)
-        out, lse = finish(call, lse, seen_any, out.astype(lse.dtype), sinks)
-    out = out.astype(call.dtype)
-    return (out if call.layout == "heads_first" else out.swapaxes(1, 2)), lse
+        sinks = ops.per_head(call, arrays.sinks)[:, None] * np.float32(ops.LOG2E)
+        top, total, acc = with_sink(
+            merged.top, merged.total, merged.out * merged.total[..., None], sinks, jnp.exp2
+        )
+        merged = Sums(acc / jnp.where(total == 0, 1.0, total)[..., None], top, total)
+    out = merged.out.astype(call.dtype)
+    return merged._replace(out=out if call.layout == "heads_first" else out.swapaxes(1, 2))
+
+
+def _merged(parts: Sums) -> Sums:
+    """Parts along the first axis as one: as `merge_stacked`, of sums that were not yet rounded."""
+    top = parts.top.max(axis=0)
+    weights = parts.total * jnp.exp2(parts.top - finite_or_zero(top))
+    total = weights.sum(axis=0)
+    weights = weights / jnp.where(total == 0, 1.0, total)
+    return Sums((weights[..., None] * parts.out).sum(axis=0), top, total)
 
 
 def _to_rows(call: Call, q: jax.Array, count: int) -> jax.Array:
@@ -97,17 +112,14 @@ def _to_vector(call: Call, x: jax.Array, count: int) -> jax.Array:
     return jnp.tile(ops.pad_axis(jnp.tile(x, (1, call.group_size)), 1, ROWS), (1, count))
 
 
-def _from_rows(
-    call: Call, out: jax.Array, lse: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """Parts of out (parts, B, N, T, e) and of lse (parts, B, N, T), both in float32."""
-    out = out if call.layout == "heads_first" else out.swapaxes(1, 2)
+def _from_rows(call: Call, name: str, x: jax.Array, count: int) -> jax.Array:
+    """The parts of a result of the kernel, (parts, B, N, T) or with the dimension e, in float32."""
+    x = x.swapaxes(1, 2) if name == "out" and call.layout == "heads_last" else x
     rows = call.group_size * call.q_len
-    shape = (count, call.batch, call.heads, call.q_len)
-    out = out.reshape(call.batch, call.kv_heads, count, ROWS, -1)[..., :rows, : call.v_dim]
-    lse = lse.reshape(call.batch, call.kv_heads, count, ROWS)[..., :rows]
-    out, lse = jnp.moveaxis(out, 2, 0), jnp.moveaxis(lse, 2, 0)
-    return out.reshape(*shape, call.v_dim).astype(lse.dtype), lse.reshape(shape)
+    x = x.reshape(call.batch, call.kv_heads, count, ROWS, *x.shape[3:])[:, :, :, :rows]
+    x = jnp.moveaxis(x[..., : call.v_dim] if name == "out" else x, 2, 0)
+    shape = (count, call.batch, call.heads, call.q_len, *x.shape[4:])
+    return x.reshape(shape).astype(jnp.float32)
 
 
 def _routes(call: Call, arrays: Arrays, block_kv: int, count: int) -> ops.Operands:

@@ -40,7 +40,8 @@ from flash_attention_jax.kernels.hopper_pipeline import (
     walk,
 )
 from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, tiled
-from flash_attention_jax.kernels.operands import LN2, Operands, bounded, plan
+from flash_attention_jax.kernels.join import Sums
+from flash_attention_jax.kernels.operands import Operands, bounded, plan
 
 
 class Buffers(NamedTuple):
@@ -50,7 +51,8 @@ class Buffers(NamedTuple):
     k: Any  # (stages, keys, d)
     v: Any  # (stages, keys, e)
     out: Any  # (warpgroups, 64, e), None where q's place serves
-    lse: Any  # (warpgroups, 64)
+    top: Any  # (warpgroups, 64)
+    total: Any  # (warpgroups, 64)
     probs: Any  # (warpgroups, 64, keys) where probabilities pass through shared memory, else None
     q_ready: Any
     k_ready: Any
@@ -62,8 +64,8 @@ class Buffers(NamedTuple):
 
 def forward(
     call: Call, operands: Operands, tiles: Tiles, factor: float, *, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """Out and lse of a call, both padded along the queries to whole blocks.
+) -> Sums:
+    """Out and sums of a call, padded along the queries to whole blocks.
 
     Args:
         call: The call.
@@ -73,26 +75,28 @@ def forward(
         interpret: Parameters of the interpreter, None = compile.
 
     Returns:
-        out (call's layout, dimension padded to 64s) and lse (B, N, T padded), float32.
+        out (call's layout, dimension padded to 64s) and the sums (B, N, T padded), float32.
     """
     blocks = plan(call, tiles.outer, tiles.inner)
     length = blocks.queries.count * tiles.outer
     sizes = call.sizes() | {"i": length, "e": padded(call.v_dim)}
     shape = tuple(sizes[letter] for letter in ROLES["out"][call.layout])
+    sums = jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32)
     found = launch(
         "hopper_forward",
         lambda refs, *scoped: _program(call, tiles, factor, refs, Buffers(*scoped)),
         operands,
         {
             "out": jax.ShapeDtypeStruct(shape, jnp.dtype(call.dtype)),
-            "lse": jax.ShapeDtypeStruct((call.batch, call.heads, length), jnp.float32),
+            "top": sums,
+            "total": sums,
         },
         _buffers(call, tiles, staged=interpret is not None),
         (call.heads, blocks.queries.count, call.batch),
         tiles,
         interpret,
     )
-    return found["out"], found["lse"]
+    return Sums(**found)
 
 
 def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
@@ -109,6 +113,7 @@ def _buffers(call: Call, tiles: Tiles, *, staged: bool) -> tuple[Any, ...]:
         smem(tiles.stages, tiles.inner, d),
         smem(tiles.stages, tiles.inner, e),
         None if d == e else smem(groups, ROWS, e),
+        plgpu.SMEM((groups, ROWS), jnp.float32),
         plgpu.SMEM((groups, ROWS), jnp.float32),
         smem(groups, ROWS, tiles.inner) if staged else None,
         plgpu.Barrier(num_barriers=groups),
@@ -168,7 +173,9 @@ def _attend(
         first = route.block(n) * tiles.inner
         at = b, h, start, first
         x, _, j = tile.logits2(call, grid, refs, at, terms, queries, s, masked=masked)
-        p, carry = _accumulate(grid, x, carry, running=running, masked=masked)
+        # A bias hides keys too, by -inf, and no mask says where.
+        hides = masked or "bias" in refs
+        p, carry = _accumulate(grid, x, carry, running=running, hides=hides)
         if call.dropout_rate:
             p = jnp.where(tile.kept(call, grid, queries, j), p, np.float32(0))
         m, l, acc = carry
@@ -200,7 +207,7 @@ def _turns(barrier: Any) -> Any:
     return take
 
 
-def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool, masked: bool) -> Any:
+def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool, hides: bool) -> Any:
     """Probabilities of a tile before they are normalised, and the sums with them."""
     m, l, acc = carry
     if not running:
@@ -208,7 +215,7 @@ def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool, masked: bool) 
         return p, (m, l + p.sum(axis=1), acc)
     top = jnp.maximum(m, x.max(axis=1))
     # A row that has seen no key yet: exp2(-inf - -inf) must not arise.
-    safe = jnp.where(top == -np.inf, np.float32(0), top) if masked else top
+    safe = jnp.where(top == -np.inf, np.float32(0), top) if hides else top
     shrink = jnp.exp2(m - safe)
     p = jnp.exp2(x - grid.spread(safe, 0))
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
@@ -218,28 +225,29 @@ def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool, masked: bool) 
 def _store(
     call: Call, refs: tile.Refs, buffers: Buffers, place: tuple[Any, Any, Any, Any], carry: Any
 ) -> None:
-    """Normalise the sums of 64 queries, let the sink join, and write out and lse."""
+    """Normalise the sums of 64 queries, let the sink join, and write out, top and total."""
     b, h, start, warpgroup = place
     m, l, acc = carry
-    m = jnp.where(m == -np.inf, np.float32(0), m)
+    m = jnp.where(l == 0, np.float32(-np.inf), m)
     if "sinks" in refs:
         sink = refs["sinks"][h]
-        none = l == 0
-        top = jnp.where(none, sink, jnp.maximum(m, sink))
-        shrink = jnp.where(none, np.float32(0), jnp.exp2(m - top))
-        l = l * shrink + jnp.exp2(sink - top)
+        most = jnp.maximum(m, sink)
+        safe = jnp.where(most == -np.inf, np.float32(0), most)
+        shrink = jnp.exp2(m - safe)
+        l = l * shrink + jnp.exp2(sink - safe)
         acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-        m = top
-    none = l == 0
-    weight = 1.0 / jnp.where(none, np.float32(1), l)
+        m = most
+    weight = 1.0 / jnp.where(l == 0, np.float32(1), l)
     if call.dropout_rate:
         weight = weight * np.float32(1 / (1 - call.dropout_rate))
     out = (buffers.q if buffers.out is None else buffers.out).at[warpgroup]
-    lse = buffers.lse.at[warpgroup]
+    top, total = buffers.top.at[warpgroup], buffers.total.at[warpgroup]
     out[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(out.dtype)
-    lse[...] = jnp.where(none, np.float32(-np.inf), m * np.float32(LN2) + jnp.log(l))
+    top[...] = m
+    total[...] = l
     plgpu.commit_smem()
     rows = pl.ds(start, ROWS)
     plgpu.copy_smem_to_gmem(out, refs["out"].at[tile.row_index(call, "out", b, h, rows)])
-    plgpu.copy_smem_to_gmem(lse, refs["lse"].at[b, h, rows])
+    plgpu.copy_smem_to_gmem(top, refs["top"].at[b, h, rows])
+    plgpu.copy_smem_to_gmem(total, refs["total"].at[b, h, rows])
     plgpu.wait_smem_to_gmem(0)

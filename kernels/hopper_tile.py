@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flash_attention_jax import _dropout
 from flash_attention_jax._call import ROLES, Call
-from flash_attention_jax.kernels.operands import LOG2E
+from flash_attention_jax.kernels.operands import LARGEST_TERM, LOG2E
 
 Refs = dict[str, Any]
 Vectors = dict[str, Any]
@@ -209,7 +209,7 @@ def logits2(
     if "bias" in refs:
         bias = grid.of_pairs(refs["bias"], place).astype(jnp.float32)
         # What is hidden may be NaN, and the derivative of a softcap would keep it.
-        x = x + (bias if shown is None else jnp.where(shown, bias, np.float32(0))) * LOG2E
+        x = x + _in_base_2(bias if shown is None else jnp.where(shown, bias, np.float32(0)))
     derivative = None
     if call.softcap is not None:
         cap = float(call.softcap * LOG2E)
@@ -219,6 +219,12 @@ def logits2(
     if masked:
         x = jnp.where(seen() if shown is None else shown, x, np.float32(-np.inf))
     return x, derivative, j
+
+
+def _in_base_2(term: Any) -> Any:
+    """A term of the logits. What was finite stays so: masks by the lowest float32 are common."""
+    held = jnp.minimum(jnp.maximum(term, np.float32(-LARGEST_TERM)), np.float32(LARGEST_TERM))
+    return jnp.where(jnp.abs(term) == np.inf, term, held) * np.float32(LOG2E)
 
 
 def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax._results import Results
 from flash_attention_jax.kernels import join, triton_backward, triton_forward, triton_terms
 from flash_attention_jax.kernels import operands as ops
-from flash_attention_jax.kernels.join import Problem, Reference
+from flash_attention_jax.kernels.join import Problem, Reference, Sums
 from flash_attention_jax.kernels.triton_config import Direction, tiles_of
 from flash_attention_jax.kernels.triton_launch import Shapes, launch, operands, spec_of
 
@@ -36,7 +37,7 @@ LAUNCHED: dict[Direction, tuple[Any, bool | None]] = {
 """The kernels, and whether they walk keys or queries; None where they take no route."""
 
 
-def attend(reference: Reference, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(reference: Reference, call: Call, arrays: Arrays) -> Results:
     """Attention by the Triton kernels; arguments and results as in `join.attend`."""
     return join.attend(KERNELS, reference, call, arrays)
 
@@ -48,9 +49,8 @@ def _blocks(length: int, block: int) -> int:
 # --- forward ---
 
 
-def _forward(problem: Problem, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    found = _batched(_run_forward, problem, _present(arrays))
-    return found["out"], found["lse"]
+def _forward(problem: Problem, arrays: Arrays) -> Sums:
+    return Sums(**_batched(_run_forward, problem, _present(arrays)))
 
 
 def _run_forward(problem: Problem, given: Given) -> dict[str, jax.Array]:
@@ -58,9 +58,11 @@ def _run_forward(problem: Problem, given: Given) -> dict[str, jax.Array]:
     read = {}
     if arrays.sinks is not None:
         read["sinks"] = ops.per_head(call, arrays.sinks) * np.float32(ops.LOG2E)
+    sums = jax.ShapeDtypeStruct(call.shape(ROLES["lse"][call.layout]), jnp.float32)
     made = {
         "out": jax.ShapeDtypeStruct(call.shape(ROLES["out"][call.layout]), jnp.dtype(call.dtype)),
-        "lse": jax.ShapeDtypeStruct(call.shape(ROLES["lse"][call.layout]), jnp.float32),
+        "top": sums,
+        "total": sums,
     }
     return _launch(problem, arrays, "forward", read, made)
 
@@ -91,19 +93,18 @@ def _launch(
 
 
 def _gradients(
-    problem: Problem, arrays: Arrays, dout: jax.Array, lse: jax.Array, delta: jax.Array
+    problem: Problem, arrays: Arrays, dout: jax.Array, lse2: jax.Array, delta: jax.Array
 ) -> dict[str, jax.Array]:
-    given = _present(arrays) | {"dout": dout, "lse": lse, "delta": delta}
+    given = _present(arrays) | {"dout": dout, "lse2": lse2, "delta": delta}
     return _batched(_run_gradients, problem, given)
 
 
 def _run_gradients(problem: Problem, given: Given) -> dict[str, jax.Array]:
     given = dict(given)
-    call, lse = problem.call, given.pop("lse")
+    call = problem.call
     read = {
         "dout": given.pop("dout").astype(call.dtype),
-        # A row that saw nothing has lse = -inf: as +inf it makes every probability 0.
-        "lse2": jnp.where(lse == -np.inf, np.float32(np.inf), lse * np.float32(ops.LOG2E)),
+        "lse2": given.pop("lse2"),
         "delta": given.pop("delta"),
     }
     arrays = Arrays(**given)
@@ -180,7 +181,7 @@ def _batched(run: Pass, problem: Problem, given: Given) -> dict[str, jax.Array]:
     return function(given)
 
 
-_PER_EXAMPLE = ("dout", "lse", "delta")
+_PER_EXAMPLE = ("dout", "lse2", "delta")
 """What a pass reads besides the arrays of its call; the batch is the first axis."""
 
 

@@ -55,15 +55,15 @@ def triton_forward(
     counts,
     sinks,
     out,
-    lse,
+    top,
+    total,
     spec: tl.constexpr,
 ):
-    """Out and lse of one block of queries of one head; grid (blocks * heads * batch,)."""
+    """Out and sums of one block of queries of one head; grid (blocks * heads * batch,)."""
     refs = Refs(
         q, k, v, low, high, q_segments, kv_segments, mask, bias, diagonal, slopes, relative, scale,
         words, origin, order, counts,
     )  # fmt: skip
-    LN2: tl.constexpr = 0.6931471805599453
     BLOCK_Q: tl.constexpr = spec.block_q
     BLOCK_E: tl.constexpr = spec.block_e
     OUTERS: tl.constexpr = (spec.q_len + spec.block_q - 1) // spec.block_q
@@ -89,23 +89,22 @@ def triton_forward(
     for n in range(route.partial, route.last):
         key_block = block_of(route, spec, n, first)
         m, l, acc = _step(refs, spec, b, h, queries, rows, key_block, m, l, acc, False)
-    m = tl.where(m == float("-inf"), 0.0, m)
+    seen = l != 0.0
+    m = tl.where(seen, m, float("-inf"))
     if spec.sinks:
         sink = tl.load(sinks + h)
-        top = tl.where(l == 0.0, sink, tl.maximum(m, sink))
-        shrink = tl.where(l == 0.0, 0.0, tl.exp2(m - top))
-        l = l * shrink + tl.exp2(sink - top)
+        most = tl.maximum(m, sink)
+        safe = tl.where(most == float("-inf"), 0.0, most)
+        shrink = tl.exp2(m - safe)
+        l = l * shrink + tl.exp2(sink - safe)
         acc = acc * tl.expand_dims(shrink, 1)
-        m = top
-    none = l == 0.0
-    weight = spec.growth / tl.where(none, 1.0, l)
+        m = most
+    weight = spec.growth / tl.where(l == 0.0, 1.0, l)
     acc = acc * tl.expand_dims(weight, 1)
     store_rows(out, spec, "out", at, queries.inside, acc, BLOCK_Q)
-    sums = tl.where(none, float("-inf"), (m + tl.log2(tl.where(none, 1.0, l))) * LN2)
-    pointers = (
-        lse + place(spec, "lse", b, h, block * BLOCK_Q) + tl.arange(0, BLOCK_Q) * spec.lse.row
-    )
-    tl.store(pointers, sums, mask=queries.inside)
+    rows = place(spec, "lse", b, h, block * BLOCK_Q) + tl.arange(0, BLOCK_Q) * spec.lse.row
+    tl.store(top + rows, m, mask=queries.inside)
+    tl.store(total + rows, l, mask=queries.inside)
 
 
 @triton.jit

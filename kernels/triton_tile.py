@@ -450,10 +450,11 @@ def logits2(
             seen = along(queries.inside, Q) & along(j < spec.k_len, K)
         if spec.relative is not None:
             g = along(j, K) - along(queries.i, Q) + (spec.q_len - 1)
-            x += tl.load(refs.relative + h * spec.relative + g, mask=seen, other=0.0) * LOG2E
+            relative = tl.load(refs.relative + h * spec.relative + g, mask=seen, other=0.0)
+            x += in_base_2(relative)
         if spec.bias is not None:
             bias = load_pairs(refs.bias, spec, "bias", b, h, queries.i, j, seen, 0.0, Q, K)
-            bias = bias.to(tl.float32) * LOG2E
+            bias = in_base_2(bias.to(tl.float32))
             if MASKED:
                 bias = tl.where(seen, bias, 0.0)
             x += bias
@@ -461,6 +462,15 @@ def logits2(
         # tanh by exp2, which saturates where it should.
         x = spec.softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / spec.softcap)) + 1.0))
     return x
+
+
+@triton.jit
+def in_base_2(term):
+    """A term of the logits. What was finite stays so: masks by the lowest float32 are common."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LARGEST: tl.constexpr = 2.3e38  # `operands.LARGEST_TERM`
+    held = tl.minimum(tl.maximum(term, -LARGEST), LARGEST)
+    return tl.where(tl.abs(term) == float("inf"), term, held) * LOG2E
 
 
 @triton.jit
