@@ -45,7 +45,7 @@ from flash_attention_jax._results import (
     sink_shares,
 )
 from flash_attention_jax._similarity import needs_running_maximum, normalised
-from flash_attention_jax._tiles import Plan, Tile, plan
+from flash_attention_jax._tiles import LANES, Plan, Tile, plan
 from flash_attention_jax._varying import full, unified
 
 COLUMNS = "bhjri"  # axes of a block of logits in the backward
@@ -381,7 +381,7 @@ class _Gradients:
             dout = jnp.where(none, jnp.zeros((), dtype), dout)
 
         fold = folds_scale(call)
-        similarity = product(call, k, q, "bhjd,bhrid->bhjri")
+        similarity = _pairs(call, q, k)
         similarity = similarity if fold else scaled(call, similarity)
         terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
         fixed = {name: x for name, x in terms.items() if name not in self.wanted}
@@ -397,7 +397,7 @@ class _Gradients:
             # in another order than the forward's; its derivative is none of this bound's.
             below = below - lax.stop_gradient(jnp.maximum(below, 0))
         p = jnp.exp(below)
-        dp = product(call, v, dout, "bhje,bhrie->bhjri")
+        dp = _pairs(call, dout, v)
         kept = p
         if call.dropout_rate:
             words = _dropout.row_words(
@@ -423,6 +423,18 @@ class _Gradients:
         if "q" in self.wanted:
             result["q"] = scaled(call, product(call, k, ds, "bhjd,bhjri->bhdri"))
         return result
+
+
+def _pairs(call: Call, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Products of rows (b, h, r, i, d) and columns (b, h, j, d), with the bits of the forward's.
+
+    XLA's CPU product adds up the last columns, which fill no block of `LANES`, in another order. So
+    the operands change places only where there are none, or where both are as many.
+    """
+    sizes = call.group_size * rows.shape[3], columns.shape[2]
+    if call.platform == "cpu" and sizes[0] != sizes[1] and (sizes[0] % LANES or sizes[1] % LANES):
+        return lax.transpose(product(call, rows, columns, "bhrid,bhjd->bhrij"), [0, 1, 4, 2, 3])
+    return product(call, columns, rows, "bhjd,bhrid->bhjri")
 
 
 @dataclasses.dataclass(frozen=True)

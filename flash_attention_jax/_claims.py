@@ -118,6 +118,49 @@ def huge_logits_do_not_overflow(subject: Subject) -> None:
         fail_unless(np.isfinite(x).all(), f"{name} is not finite for logits of 1e4")
 
 
+def _narrow(subject: Subject) -> str:
+    """The subject's dtype, or float32 where that is wider: for what float64 has room for."""
+    return "float32" if subject.dtype == "float64" else subject.dtype
+
+
+def _with_rows(bias: np.ndarray, offsets: tuple[float, ...]) -> np.ndarray:
+    """Bias (1, 1, i, j) with an offset added to whole rows."""
+    return bias + np.resize(np.array(offsets), bias.shape[2])[:, None]
+
+
+@_claim("definition")
+def row_whose_logits_share_an_offset_is_the_row_without_it(subject: Subject) -> None:
+    # Of 1e9 a float32 lse is a multiple of 64: what log l was has to be kept elsewhere.
+    problem = plain(bias=np.zeros((1, 1, 11, 13)))
+    problem = problem.but(q=np.zeros_like(problem.q))  # so that no logit is rounded
+    lowest = float(np.finfo(np.float32).min)
+    bias = _with_rows(problem.options["bias"], (-1e9, 1e6, 0.0, lowest, 1e9, -1e10, -1e4))
+    subject.check(problem.but(bias=bias), dtype=_narrow(subject), like=problem)
+
+
+@_claim("definition")
+def offset_of_a_row_passes_sinks_and_masks(subject: Subject) -> None:
+    mask = coins(2, 1, 11, 13)
+    problem = plain(bias=np.zeros((1, 1, 11, 13)), mask=mask, sinks=np.full(2, -np.inf))
+    problem = problem.but(q=np.zeros_like(problem.q))
+    bias = _with_rows(problem.options["bias"], (-1e9, 0.0, 1e9))
+    subject.check(problem.but(bias=bias), dtype=_narrow(subject), like=problem)
+
+
+@_claim("definition")
+def probabilities_of_the_backward_add_up_to_one_for_large_logits(subject: Subject) -> None:
+    # With logits that differ in their last bits from the forward's they would not. The sum over the
+    # keys of dv is the sum over the queries of p dout, so of dout.
+    dtype = _narrow(subject)
+    problem = rounded(plain(dim=40, q_len=23, k_len=37, heads=1), dtype)
+    dout = problem.cotangents[0].astype(jnp.dtype(dtype)).astype(np.float64).sum(axis=2)
+    for size in (1e2, 1e4):  # logits of 4e4 and 4e8
+        got = subject.run(problem.but(q=problem.q * size, k=problem.k * size), dtype)
+        off = difference(got.gradients["v"].sum(axis=2), dout)
+        allowed = 64 * float(jnp.finfo(dtype).eps)
+        fail_unless(off <= allowed, f"sum of dv is off by {off:.2g} (allowed {allowed:.2g})")
+
+
 @_claim("definition")
 def same_input_gives_the_same_bits(subject: Subject) -> None:
     problem = plain(k_len=29)
@@ -369,6 +412,39 @@ def nan_in_a_query_that_sees_no_key_stays_there(subject: Subject) -> None:
     subject.check(problem.but(q=q))
 
 
+@_claim("nothing to see")
+def cotangent_that_is_not_finite_stays_at_a_row_that_sees_no_key(subject: Subject) -> None:
+    # The derivative of the norm of a row of zeros is NaN, that of its log infinite.
+    mask = coins(2, 1, 11, 13)
+    mask[:, :, 3:5] = False
+    hiding: tuple[dict[str, Any], ...]
+    hiding = {"mask": mask, "sinks": normal(2)}, {"bias": np.where(mask, 0.0, -np.inf)}
+    for options in hiding:
+        run, (floats, others) = subject.program(plain(return_lse=True, **options))
+        row = np.zeros((2, 2, 11, 1), bool)
+        row[:, :, 3:5] = True
+
+        def pulled(floats: Any, others: Any, fill: Any, run: Any = run, row: Any = row) -> Any:
+            (out, lse), pull = jax.vjp(lambda floats: run(floats, others), floats)
+            dout = jnp.where(row, fill.astype(out.dtype), jnp.ones_like(out))
+            dlse = jnp.where(lse == -jnp.inf, fill.astype(lse.dtype), jnp.ones_like(lse))
+            return pull((dout, dlse))
+
+        program = subject.jit(pulled)
+        want, have = (program(floats, others, jnp.float32(fill)) for fill in (0.0, np.nan))
+        for name, x in have[0].items():
+            off = difference(np.asarray(x, np.float64), np.asarray(want[0][name], np.float64))
+            fail_unless(off == 0, f"d{name} is off by {off:.2g}")
+
+
+@_claim("nothing to see")
+def additive_mask_of_minus_infinity_hides(subject: Subject) -> None:
+    keys, pairs = np.zeros((1, 1, 1, 13)), np.where(coins(1, 1, 11, 13), 0.0, -np.inf)
+    keys[..., :7], pairs[:, :, 2], pairs[:, :, 4, :9] = -np.inf, -np.inf, -np.inf
+    for bias in (keys, pairs):
+        subject.check(plain(bias=bias))
+
+
 # --- terms of the logits ---
 
 
@@ -412,6 +488,35 @@ def row_that_sees_no_key_has_lse_of_its_sink(subject: Subject) -> None:
 def huge_sinks_do_not_overflow(subject: Subject) -> None:
     got = subject.check(plain(sinks=np.array([-1e4, 1e4]), return_lse=True))
     fail_unless(np.isfinite(got.out).all(), "out is not finite")
+
+
+@_claim("terms")
+def sink_of_minus_infinity_is_none(subject: Subject) -> None:
+    mask = coins(2, 1, 11, 13)
+    mask[:, :, 3:5] = False
+    subject.check(plain(sinks=np.array([-np.inf, 0.5]), mask=mask, return_lse=True))
+
+
+@_claim("terms")
+def softcapped_logits_keep_small_and_large_values(subject: Subject) -> None:
+    _values_may_be_small_or_large(subject, plain(softcap=50.0), 40.0)
+
+
+def _values_may_be_small_or_large(subject: Subject, problem: Problem, size: float) -> None:
+    """Values times a power of two give the same output times it, whatever side the logits are."""
+    q, k = np.abs(problem.q) * size, np.abs(problem.k)
+    q[:, :, ::2] *= -1
+    problem = problem.but(q=q, k=k)
+    dtype = _narrow(subject)
+    want = subject.run(problem, dtype)
+    for power in (2.0**-66, 2.0**66):
+        got = subject.run(problem.but(v=problem.v * power), dtype)
+        pairs = {"out": (got.out / power, want.out)}
+        pairs["dq"] = got.gradients["q"] / power, want.gradients["q"]
+        pairs["dv"] = got.gradients["v"], want.gradients["v"]
+        for name, (have, expected) in pairs.items():
+            off = difference(have, expected)
+            fail_unless(off == 0, f"{name} is off by {off:.2g} for values of {power:.1g}")
 
 
 @_claim("terms")
@@ -461,6 +566,26 @@ def cosine_does_not_underflow_at_scale_100(subject: Subject) -> None:
     problem = plain(scale=100.0, return_lse=True).but(cosine=True)
     q = np.abs(problem.q) + 1
     subject.check(problem.but(q=q, k=-np.abs(problem.k) - 1))
+
+
+@_claim("cosine")
+def cosine_at_a_high_scale_keeps_small_and_large_values(subject: Subject) -> None:
+    _values_may_be_small_or_large(subject, plain(scale=60.0).but(cosine=True), 1.0)
+
+
+@_claim("cosine")
+def cosine_ignores_even_extreme_lengths_of_vectors(subject: Subject) -> None:
+    problem = plain(scale=8.0).but(cosine=True)
+    short, long = 2.0**-76, 2.0**66  # about 1e-23 and 1e20
+    dtype = _narrow(subject)
+    want = subject.run(problem, dtype)
+    got = subject.run(problem.but(q=problem.q * short, k=problem.k * long), dtype)
+    pairs = {"out": (got.out, want.out), "dv": (got.gradients["v"], want.gradients["v"])}
+    for name, factor in (("q", short), ("k", long)):
+        pairs[f"d{name}"] = got.gradients[name] * factor, want.gradients[name]
+    for name, (have, expected) in pairs.items():
+        off = difference(have, expected)
+        fail_unless(off == 0, f"{name} is off by {off:.2g}")
 
 
 @_claim("cosine")

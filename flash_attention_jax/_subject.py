@@ -214,8 +214,12 @@ class Subject:
         dtype: str | None = None,
         gradients: bool = True,
         keep: np.ndarray | None = None,
+        like: Problem | None = None,
     ) -> Result:
         """Compare with the reference: out, lse where asked for, and every gradient.
+
+        With `like`, with the reference's answer to that problem, which is the same but for terms
+        that should not matter.
 
         An error may be twice that of the plain formula computed by XLA in the same dtype
         (`attention`), plus a few units in the last place of the accumulator, and of the largest
@@ -229,6 +233,7 @@ class Subject:
         dtype = dtype or self.dtype
         problem = rounded(problem, dtype)
         got = self.run(problem, dtype, gradients=gradients)
+        problem = problem if like is None else rounded(like, dtype)
         expected = self.expected(problem, gradients=gradients, keep=keep)
         plain = self.aligned(problem).but(dropout_rate=None, dropout_key=None)
         errors = _plain_errors(plain, dtype, self.default_scale, gradients)

@@ -17,6 +17,9 @@ from jax import lax
 
 from flash_attention_jax._call import Call
 
+LANES = 64
+"""A matrix product on a CPU treats so many columns alike, and those that are left over apart."""
+
 Index = Any  # a Python int or a traced int32 scalar
 
 
@@ -51,17 +54,18 @@ class Axis:
         return jnp.minimum(index * self.block, self.length - self.block)
 
 
-def balanced(length: int, block: int, multiple: int = 16) -> Axis:
+def balanced(length: int, block: int) -> Axis:
     """Cut `length` into as few blocks of at most `block` as possible, of nearly equal size.
 
     1025 in blocks of at most 512 gives three of 352, not two of 512 and one that repeats 511
-    positions.
+    positions; 3000 in blocks of at most 1024 three of 1024, of which XLA's products like each.
     """
     block = max(1, min(block, length))
     count = -(-length // block) if length else 1
     even = -(-length // count) if length else 1
     if length % even:
-        even = min(-(-even // multiple) * multiple, block)
+        lanes = -(-even // LANES) * LANES
+        even = min(lanes if 16 * (lanes - even) <= even else -(-even // 16) * 16, block)
     return Axis(length, max(1, even))
 
 
