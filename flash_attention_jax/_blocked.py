@@ -35,7 +35,7 @@ from jax import lax
 
 from flash_attention_jax import _dropout, _masks, _online
 from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call
-from flash_attention_jax._logits import LOGIT_TERMS, logits, product, scaled, term_axes
+from flash_attention_jax._logits import LOGIT_TERMS, below, logits, product, scaled, term_axes
 from flash_attention_jax._online import compute_dtype, folded, folds_scale
 from flash_attention_jax._results import (
     Results,
@@ -391,12 +391,8 @@ class _Gradients:
             return logits(call, similarity, fixed | moving, at, visible, COLUMNS)
 
         x, pull = jax.vjp(to_logits, similarity, moving)
-        below = (x - finite_or_zero(lse)) - low
-        if needs_running_maximum(call, dtype):
-            # No probability is over 1. Rounding may say so where the product of this block adds up
-            # in another order than the forward's; its derivative is none of this bound's.
-            below = below - lax.stop_gradient(jnp.maximum(below, 0))
-        p = jnp.exp(below)
+        lse = finite_or_zero(lse)
+        p = jnp.exp(below(x, lse, low) if needs_running_maximum(call, dtype) else (x - lse) - low)
         dp = _pairs(call, dout, v)
         kept = p
         if call.dropout_rate:

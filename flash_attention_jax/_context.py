@@ -189,7 +189,10 @@ def with_origin(
 
 
 def padded(call: Call, arrays: Arrays, multiple: int) -> tuple[Call, Arrays]:
-    """The call with both lengths made multiples of a number; what is added is hidden."""
+    """The call with both lengths made multiples of a number; what is added is hidden.
+
+    An added query sees nothing either: it could see keys that no other one does, which may be NaN.
+    """
     q_len, k_len = (-(-x // multiple) * multiple for x in (call.q_len, call.k_len))
     if (q_len, k_len) == (call.q_len, call.k_len):
         return call, arrays
@@ -207,6 +210,8 @@ def padded(call: Call, arrays: Arrays, multiple: int) -> tuple[Call, Arrays]:
     hidden = right is not None and call.q_len - 1 + call.offset + right < call.k_len
     if more["j"] and (call.has("q_offset") or not hidden):
         given.setdefault("kv_lengths", jnp.full((call.batch,), call.k_len, jnp.int32))
+    if more["i"]:
+        given.setdefault("q_lengths", jnp.full((call.batch,), call.q_len, jnp.int32))
     terms = tuple(
         (name, x.shape, str(x.dtype)) for name, x in given.items() if name not in ("q", "k", "v")
     )

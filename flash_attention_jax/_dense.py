@@ -8,7 +8,15 @@ from jax import lax
 
 from flash_attention_jax import _dropout, _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled, wide_terms
+from flash_attention_jax._logits import (
+    below,
+    cut_terms,
+    finish,
+    logits,
+    product,
+    scaled,
+    wide_terms,
+)
 from flash_attention_jax._results import Results
 from flash_attention_jax._similarity import normalised
 from flash_attention_jax._tiles import Tile
@@ -40,11 +48,15 @@ def attend(call: Call, arrays: Arrays) -> Results:
         q = _masks.cleaned(q, "bhrid", rows, AXES)
         k, v = _masks.cleaned(k, "bhjd", columns, AXES), _masks.cleaned(v, "bhje", columns, AXES)
 
-    x = scaled(call, product(call, q, k, "bhrid,bhjd->bhrij"))
+    # Into the queries where nothing is rounded by it: a compiler may otherwise join the product by
+    # the scale to the subtraction of the maximum, which of logits of 1e10 leaves thousands.
+    folds = q.dtype == call.acc_dtype
+    x = product(call, scaled(call, q) if folds else q, k, "bhrid,bhjd->bhrij")
+    x = x if folds else scaled(call, x)
     x = logits(call, x, cut_terms(arrays, tile, AXES), at, visible, AXES)
     m = lax.stop_gradient(x.max(axis=-1, initial=-jnp.inf))
     m = jnp.where(m == -jnp.inf, jnp.zeros((), m.dtype), m)
-    p = jnp.exp(x - m[..., None])
+    p = jnp.exp(below(x, m[..., None]))
     l = p.sum(axis=-1)
     if call.dropout_rate:
         words = _dropout.row_words(

@@ -113,6 +113,17 @@ def scaled(call: Call, x: jax.Array) -> jax.Array:
     return x if call.scale is None or call.scale == 1 else x * np.asarray(call.scale, x.dtype)
 
 
+def below(x: jax.Array, top: jax.Array, rest: jax.Array | float = 0.0) -> jax.Array:
+    """(x - top) - rest for logits that are at most top + rest: never over 0, whatever was rounded.
+
+    A compiler may join the product that made x to the subtraction, and a block of the backward may
+    add up its products in another order than the forward did; of logits of 1e9 both differ by 64.
+    The derivative is that of the difference.
+    """
+    difference = (x - top) - rest
+    return difference - lax.stop_gradient(jnp.maximum(difference, 0))
+
+
 def finish(
     call: Call, m: jax.Array | None, l: jax.Array, acc: jax.Array, sinks: jax.Array | None
 ) -> Results:

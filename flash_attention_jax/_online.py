@@ -20,7 +20,7 @@ from jax import lax
 from flash_attention_jax import _dropout, _masks
 from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._exponential import exponential
-from flash_attention_jax._logits import cut_terms, finish, logits, product, scaled
+from flash_attention_jax._logits import below, cut_terms, finish, logits, product, scaled
 from flash_attention_jax._results import Results, finite_or_zero
 from flash_attention_jax._similarity import needs_running_maximum
 from flash_attention_jax._tiles import Tile
@@ -101,7 +101,10 @@ def step(
         top = lax.stop_gradient(jnp.maximum(m, x.max(axis=-1)))
         safe = finite_or_zero(top)
         shrink = jnp.exp(m - safe)
-        p = exponential(x - safe[..., None], call.platform)
+        # Only a scale that multiplies here can be joined to the subtraction.
+        joins = call.has("scale") or not folds_scale(call)
+        shifted = below(x, safe[..., None]) if joins else x - safe[..., None]
+        p = exponential(shifted, call.platform)
         m, l, acc = top, l * shrink, acc * shrink[..., None]
     l = l + p.sum(axis=-1)
     if call.dropout_rate:

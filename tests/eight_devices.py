@@ -401,3 +401,60 @@ def test_length_or_dimension_that_is_cut_is_refused(axis, what):
     x = jax.device_put(np.zeros((1, 2, 8, 4)), NamedSharding(mesh(context=4), spec))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"sharded along its {what}"):
         jax.jit(flash_attention)(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("way", "differentiation"), [("ring", "reverse"), ("ring", "any"), ("ulysses", "any")]
+)
+def test_queries_that_pad_see_no_nan_either(way, differentiation):
+    # The 13 queries are padded by one, which would see one key more.
+    queries, keys = 13, 22
+    rng = np.random.default_rng(0)
+    named = {
+        "q": normal(B, H, queries, D),
+        "k": normal(B, K, keys, D),
+        "v": normal(B, K, keys, D),
+        "bias": normal(1, 1, queries, keys),
+        "scale": np.abs(normal(H)),
+    }
+    named["k"][:, :, queries:] = np.where(rng.random((B, K, keys - queries, D)) < 0.5, np.nan, 1)
+    named["v"][:, :, queries:] = np.inf
+    options = {"causal": True, "q_offset": 0, "return_lse": True}
+    want = results(functools.partial(flash_attention, **options), named)
+    assert all(np.isfinite(x).all() for x in want.values())
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh(context=2),
+        context_parallel=way,
+        differentiation=differentiation,
+        **options,
+    )
+    agree(results(attend, named), want)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "checkpointed"])
+def test_parts_of_rows_whose_logits_share_an_offset_merge_to_their_mean(implementation):
+    # In float32 the lse of each part is then the offset, whatever the number of its keys.
+    named = {name: x.astype(np.float32) for name, x in problem(length=16).items()}
+    named["q"] *= 0
+    offsets = np.resize(np.array([-1e9, 0, 1e9, -3e38], np.float32), 16)
+    hidden = {"kv_lengths": np.array([5, 14], np.int32)}
+
+    def found(offsets):
+        bias = jnp.broadcast_to(offsets[:, None], (1, 1, 16, 16))
+        attend = functools.partial(
+            context_parallel_attention,
+            mesh=mesh(context=2),
+            context_parallel="ring",
+            implementation=implementation,
+            **hidden,
+        )
+        floats = {**named, "bias": bias}
+        out, pull = jax.vjp(lambda floats: attend(**floats), floats)
+        return {"out": out} | pull(normal(*out.shape).astype(np.float32))[0]
+
+    with jax.enable_x64(False):
+        compiled = jax.jit(found)
+        got, want = compiled(offsets), compiled(offsets * 0)
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, rtol=2e-6, atol=2e-6, err_msg=name)

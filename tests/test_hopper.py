@@ -343,9 +343,9 @@ def test_dropout_of_a_part_has_the_bits_of_the_whole(interpreted):
     arrays = _read.arrays(reading.call, reading.given)
     arrays = arrays._replace(dropout_origin=jnp.array([6, 2, 3, 40, 50], jnp.int32))
     call = dataclasses.replace(reading.call, interpret=True)
-    found, _ = attention.attend(_blocked.attend, call, arrays)
-    want, _ = _blocked.attend(call, arrays)
-    alone, _ = _blocked.attend(call, arrays._replace(dropout_origin=None))
+    found = attention.attend(_blocked.attend, call, arrays).out
+    want = _blocked.attend(call, arrays).out
+    alone = _blocked.attend(call, arrays._replace(dropout_origin=None)).out
     kept = [np.asarray(x, np.float32) != 0 for x in (found, want, alone)]
     assert np.array_equal(kept[0], kept[1])
     assert not np.array_equal(kept[1], kept[2])
