@@ -4,12 +4,14 @@ A program (a function and its constants) runs on arrays. It turns into the progr
 (`Gradient`) or of a batch of it (`Batch`), which are called in the same way, and this gives
 derivatives of any order and `torch.func`.
 
-Memory crosses through DLPack without a copy where it is dense and aligned to 64 bytes (what both
-libraries allocate is). Two rules keep each side from writing into the other's memory:
+Two rules keep each side from writing into the other's memory:
 
 * What backward needs is kept by `save_for_backward`, and where it is the caller's own tensor or
   the output, as that tensor: torch then counts writes into it, and backward refuses stale values.
-* A result that lies where an input or another result lies is cloned.
+* A result that lies where an input or another result lies is cloned (`_torch_memory`).
+
+Where torch looks into the call, or tensors have no memory, the call is one operator of torch's
+(`_torch_operator`).
 """
 
 # Where torch is not installed, pyright takes torch.py of this folder for it.
@@ -23,10 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from flash_attention_jax import _check
+from flash_attention_jax import _check, _torch_operator
 from flash_attention_jax._optional import needs
+from flash_attention_jax._torch_compiled import InGraph
+from flash_attention_jax._torch_memory import COMMON, to_jax, to_torch, traced
 from flash_attention_jax._torch_program import (
     Batch,
     Gradient,
@@ -35,51 +38,12 @@ from flash_attention_jax._torch_program import (
     value,
     value_and_tape,
 )
-from flash_attention_jax._torch_read import read
+from flash_attention_jax._torch_read import check_values, read
 
 with needs("flash_attention_jax.torch", "torch", extra="torch"):
     import torch
 
 __all__ = ["jax2torch"]
-
-COMMON = {
-    jnp.dtype(name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-    )
-}
-"""Dtypes of JAX that torch has too; the others (random keys, 4 bits) stay in JAX."""
-
-
-# --- memory ----------------------------------------------------------------------------------
-
-
-def to_jax(x: Any) -> Any:
-    """The array that shares the tensor's memory, or a copy where it is not dense or aligned."""
-    if isinstance(x, torch.Tensor):
-        return jax.dlpack.from_dlpack(x.detach().resolve_conj().resolve_neg().contiguous())
-    return x
-
-
-def to_torch(arrays: Sequence[Any], beside: Sequence[jax.Array]) -> list[Any]:
-    """Tensors that share the arrays' memory, but none with another of them or with `beside`."""
-    # JAX may still be at work, and reading what the caller is free to write once this returns. On a
-    # CPU, exporting an array waits until it is there; on a GPU, torch's stream waits, by DLPack.
-    taken = {x.unsafe_buffer_pointer() for x in beside if x.dtype in COMMON}
-    tensors = []
-    for index, array in enumerate(arrays):
-        if array.dtype not in COMMON:
-            raise TypeError(
-                f"Output {index} must have a dtype that torch has, got {array.dtype}. "
-                "Cast it in the function (a random key by jax.random.key_data)."
-            )
-        tensor = torch.from_dlpack(array)
-        tensor = tensor.clone() if tensor.data_ptr() in taken else tensor
-        taken.add(tensor.data_ptr())
-        tensors.append(tensor)
-    return tensors
-
 
 # --- autograd --------------------------------------------------------------------------------
 
@@ -91,6 +55,7 @@ class _Saved(torch.autograd.Function):
     def forward(ctx: Any, program: Program, *leaves: Any) -> Any:
         """The output leaves, and after them their structure."""
         wanted = tuple(ctx.needs_input_grad[1:])
+        check_values(program, leaves)
         arrays = [to_jax(x) for x in leaves]
         outs, own, tape = value_and_tape(program, wanted, arrays)
         tensors = to_torch(outs, arrays)
@@ -215,6 +180,8 @@ def call(program: Program, arrays: Sequence[Any]) -> Any:
         for x in arrays
     ):
         raise NotImplementedError(FORWARD_MODE)
+    if not _transforming() and traced(arrays):
+        return _torch_operator.call(program, arrays)
     if _transforming():
         *outs, tree = _Transformed.apply(program, *arrays)
     elif torch.is_grad_enabled() and any(
@@ -228,6 +195,10 @@ def call(program: Program, arrays: Sequence[Any]) -> Any:
 
 def _run(program: Program, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
     """The output leaves and their structure, without gradients."""
+    if traced(arrays):
+        outs, tree = jax.tree.flatten(_torch_operator.call(program, arrays))
+        return outs, tree
+    check_values(program, arrays)
     given = [to_jax(x) for x in arrays]
     outs, tree = jax.tree.flatten(value(program, given))
     return to_torch(outs, given), tree
@@ -255,7 +226,8 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
     are registered), by position or keyword:
 
     * tensors, dense, on one CPU or CUDA device, strided in any way, are JAX arrays inside, without
-      a copy where they are contiguous;
+      a copy where they are contiguous; those of int64 and uint64, while JAX's x64 is off, are int32
+      and uint32 (to see that they fit, a GPU is waited for);
     * arrays of NumPy and JAX (random keys, say) are what they are, without gradients;
     * None is None; everything else (numbers, strings, functions) is a constant.
 
@@ -268,8 +240,14 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
     for backward, so writing into one in between raises torch's error, and so does writing into a
     result that backward needs. No result shares memory with an argument or with another result.
     Backward over the graph of a gradient (`create_graph=True`) and `torch.func` (grad, vjp, jacrev,
-    vmap) compute the forward pass anew. Forward mode is refused. Under `torch.compile` the call is
-    a break in the graph; `fullgraph=True` is refused by torch.
+    vmap) compute the forward pass anew. Forward mode is refused.
+
+    Tensors without memory (FakeTensorMode, the meta device) have results of the right shape without
+    memory. `torch.compile` (`fullgraph=True` too), `torch.export` (with strict=False) and `make_fx`
+    have the call in their graph, gradients included, for one shape each, as one operator of torch's
+    that runs in this process alone; arguments that are no tensor, number, string or None break a
+    compiled graph, and so do subclasses of tensors. Outside of compiled code, a subclass and a
+    `TorchFunctionMode` see the call as one of torch's, and a subclass comes back as itself.
 
     Args:
         fn: Function of JAX arrays, with a hash (as functions and their partials have), free of side
@@ -280,10 +258,12 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: `fn` is no function or has no hash. When called: a tensor that is sparse, nested
-            or quantised, of 64 bits while JAX's x64 is off, or neither on a CPU nor on CUDA; an
-            argument without a hash; a result of a dtype that torch lacks.
-        ValueError: When called: tensors on different devices.
-        RuntimeError: When called: CUDA tensors, and a JAX without CUDA.
+            or quantised, of floats of 64 bits while JAX's x64 is off, or on a device of another
+            kind; an argument without a hash; a result of a dtype that torch lacks; an array of JAX
+            or NumPy among tensors without memory.
+        ValueError: When called: tensors on different devices; an integer that does not fit 32 bits
+            while JAX's x64 is off.
+        RuntimeError: When called: CUDA tensors, and a JAX without CUDA; a graph of another process.
         NotImplementedError: When called: a derivative in forward mode, or batched with
             `is_grads_batched`.
 
@@ -311,14 +291,37 @@ def jax2torch(fn: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return call(*read(fn, args, kwargs))
 
-    # torch.compile must not look into JAX. This loads its compiler, a second's work, when called.
-    outside_of_compiled_code = torch._disable_dynamo(run)  # noqa: SLF001
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if torch.overrides.has_torch_function(tensors):
+            return _overridden(fn, run, tensors, args, kwargs)
+        return run(*args, **kwargs)
+
+    in_graph = InGraph(run, outside)
 
     @functools.wraps(fn)
     def on_tensors(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break("a JAX function cannot be compiled by torch")  # noqa: SLF001
-            return outside_of_compiled_code(*args, **kwargs)
-        return run(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return in_graph(*args, **kwargs)
+        return outside(*args, **kwargs)
 
     return on_tensors
+
+
+def _overridden(
+    fn: Any, run: Callable[..., Any], tensors: Sequence[Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """A call by the `__torch_function__` of a subclass or mode, to which `fn` is one of torch's.
+
+    It sees the results as a list: torch's own turns those of lists and tuples into the subclass.
+    """
+    trees = []
+
+    @functools.wraps(fn)
+    def listed(*args: Any, **kwargs: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(run(*args, **kwargs))
+        trees.append(tree)
+        return leaves
+
+    out = torch.overrides.handle_torch_function(listed, tensors, *args, **kwargs)
+    return trees[-1].unflatten(out) if trees and isinstance(out, list) else out

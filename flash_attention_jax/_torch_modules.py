@@ -14,11 +14,11 @@ from typing import Any
 
 from jaxtyping import Bool, Float, Num
 
-import flash_attention_jax
-from flash_attention_jax import _check
+from flash_attention_jax import _check, _front
 from flash_attention_jax._optional import needs
 from flash_attention_jax._torch_bridge import jax2torch
 from flash_attention_jax._torch_options import kept, seeded
+from flash_attention_jax._torch_read import check_dense
 
 with needs("flash_attention_jax.torch", "torch", extra="torch"):
     import torch
@@ -27,13 +27,26 @@ with needs("flash_attention_jax.torch", "torch", extra="torch"):
 __all__ = ["Attention", "CosineSimAttention"]
 
 
-def _of_projected(q: Any, kv: Any, mask: Any, attn_bias: Any, **options: Any) -> Any:
-    """On JAX's side: q (b, n, h, d), kv (b, j, 2, h, d), as the projections leave them."""
-    k, v = kv[:, :, 0], kv[:, :, 1]
+NAMES = {
+    "q": "x",
+    "k": "context",
+    "v": "context",
+    "bias": "attn_bias",
+    "dropout_rate": "dropout",
+    "block_q": "q_bucket_size",
+    "block_kv": "k_bucket_size",
+}
+"""What the layers call the arguments."""
+
+
+def _of_projected(x: Any, context: Any, mask: Any, attn_bias: Any, **options: Any) -> Any:
+    """On JAX's side: queries (b, n, h, d), and keys and values (b, j, 2, h, d), as projected."""
+    k, v = context[:, :, 0], context[:, :, 1]
     mask = mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
-    return flash_attention_jax.dot_product_attention(
-        q, k, v, attn_bias, mask, q_offset=k.shape[1] - q.shape[1], **options
-    )
+    similarity = options.pop("similarity", "dot")
+    options |= {"bias": attn_bias, "q_offset": k.shape[1] - x.shape[1]}
+    fixed = {"layout": "heads_last", "similarity": similarity, "names": NAMES}
+    return _front.run("Attention", x, k, v, mask, options, **fixed)
 
 
 _attend = jax2torch(_of_projected)
@@ -114,7 +127,7 @@ class Attention(nn.Module):
         Args:
             x: (b, n, dim).
             context: (b, j, dim); None = x.
-            mask: Boolean, or integer where nonzero = may attend: (b, j), or broadcasting to
+            mask: Boolean, or integer of 0 and 1 (1 = may attend): (b, j), or broadcasting to
                 (b, h, n, j).
             attn_bias: Added to the logits, broadcasts to (b, h, n, j).
             memory_efficient: None = that of the layer, and so for the next two.
@@ -131,6 +144,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         for name, tensor in (("x", x), ("context", context)):
             dim = self.to_q.in_features
+            check_dense(lambda name=name: name, tensor)
             if tensor.dim() != 3 or tensor.shape[-1] != dim:
                 got, advice = f"shape {tuple(tensor.shape)}", "`dim` is that of the layer."
                 _check.fail(name, f"have the axes (batch, length, dim = {dim})", got, advice)
@@ -142,7 +156,7 @@ class Attention(nn.Module):
                 "block_kv": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
             }
         if self.causal:
-            options |= {"is_causal": True}
+            options |= {"causal": True}
         if self.training:
             options |= {"dropout_rate": self.dropout}
         q = self.to_q(x).unflatten(-1, (self.heads, -1))

@@ -22,11 +22,12 @@ from typing import Any, TypeAlias
 from jaxtyping import Bool, Float, Num
 
 import flash_attention_jax
-from flash_attention_jax import _check
+from flash_attention_jax import _check, _front
 from flash_attention_jax._optional import needs
 from flash_attention_jax._torch_bridge import jax2torch
 from flash_attention_jax._torch_modules import Attention, CosineSimAttention
-from flash_attention_jax._torch_options import kept, seeded
+from flash_attention_jax._torch_options import autocast, floating, kept, seeded
+from flash_attention_jax._torch_read import check_dense
 
 with needs("flash_attention_jax.torch", "torch", extra="torch"):
     import torch
@@ -59,14 +60,15 @@ def flash_attention(q: Query, k: Key, v: Value, mask: Mask | None = None, **opti
 
     Arguments, results and errors are those of it and of `jax2torch`, with tensors for arrays.
     Dropout without a `dropout_key` draws one from torch's generator of q's device, so that
-    `torch.manual_seed` repeats it.
+    `torch.manual_seed` repeats it. Under `torch.autocast` q, k and v are cast to its dtype, as
+    torch casts those of its own attention; float64 stays.
 
     Args:
         q: Queries (n, d), (bh, n, d) or (b, h, n, d); float64 (where JAX's x64 is on), float32,
             bfloat16 or float16.
         k: Keys of the same rank and dtype, with fewer heads or none at all where they are shared.
         v: Values, as k, with a dimension of their own.
-        mask: Boolean, or integer where nonzero = may attend: (b, j), or broadcasting to
+        mask: Boolean, or integer of 0 and 1 (1 = may attend): (b, j), or broadcasting to
             (b, h, n, j).
         **options: bias, causal (end-aligned), window, scale, softcap, sinks, dropout_rate,
             return_lse, implementation and so on, as in the JAX function.
@@ -91,6 +93,7 @@ def flash_attention(q: Query, k: Key, v: Value, mask: Mask | None = None, **opti
     References:
         Dao 2023, "FlashAttention-2", arXiv:2307.08691.
     """
+    q, k, v = floating(q, k, v)
     return _flash_attention(q, k, v, kept(mask), **seeded(options, q))
 
 
@@ -109,7 +112,7 @@ def flash_cosine_sim_attention(
     """`flash_attention_jax.flash_cosine_sim_attention` on tensors.
 
     Arguments, results and errors are those of it and of `jax2torch`, with tensors for arrays;
-    dropout as in `flash_attention`.
+    dropout and autocast as in `flash_attention`.
 
     Args:
         q: Queries, as in `flash_attention`.
@@ -143,6 +146,7 @@ def flash_cosine_sim_attention(
     References:
         Henry et al. 2020, "Query-Key Normalization for Transformers", arXiv:2010.04245.
     """
+    q, k, v = floating(q, k, v)
     return _flash_cosine_sim_attention(
         q,
         k,
@@ -175,7 +179,7 @@ def memory_efficient_attention(
 
     The arguments up to `training` are those of memory-efficient-attention-pytorch, in its order.
     Two things differ: causal is end-aligned, and dropout is applied to the normalised
-    probabilities.
+    probabilities. Autocast is as in `flash_attention`.
 
     Args:
         q: Queries, as in `flash_attention`.
@@ -215,6 +219,7 @@ def memory_efficient_attention(
     rate = _check.rate("dropout", dropout)
     if _check.flag("training", training) and rate:
         options = {"dropout_rate": rate, **options}
+    q, k, v = floating(q, k, v)
     return _memory_efficient_attention(
         q,
         k,
@@ -277,8 +282,12 @@ def scaled_dot_product_attention(
         True
     """
     _check_tensors(query, key, value, attn_mask)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    rate = 0.0 if dropout_p == 1 else _check.rate("dropout_p", dropout_p)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    _check_dtypes(query, key, value)
+    rate = _check.number("dropout_p", dropout_p)
+    if not 0 <= rate <= 1:
+        advice = "It is the share of probabilities that are dropped."
+        _check.fail("dropout_p", "be in [0, 1]", repr(dropout_p), advice)
     if _check.flag("is_causal", is_causal) and attn_mask is not None:
         got, advice = "both", "Put the causal part into the mask: mask & torch.tril(...)."
         _check.fail("attn_mask", "be None with is_causal=True", got, advice)
@@ -297,10 +306,10 @@ def scaled_dot_product_attention(
         _heads_first(value, key_lead),
         None if attn_mask is None else _mask_heads_first(attn_mask, query.dtype, shape),
         is_causal=is_causal,
-        **seeded({"dropout_rate": rate, **options}, query),
+        **seeded({"dropout_rate": rate % 1, **options}, query),
     )
     out = out.reshape(*lead, query.shape[-2], value.shape[-1])
-    return torch.nn.functional.dropout(out, 1.0) if dropout_p == 1 else out
+    return torch.nn.functional.dropout(out, 1.0) if rate == 1 else out
 
 
 @contextlib.contextmanager
@@ -308,10 +317,11 @@ def replace_scaled_dot_product_attention() -> Iterator[None]:
     """Inside the block, torch's `scaled_dot_product_attention` is this module's.
 
     `torch.nn.functional` has the replacement, for every thread, and so have torch's own layers; a
-    name under which a model imported the function before is answered in this thread, outside of
-    `torch.compile`. Calls that torch makes inside C++ are not replaced (the fast path of
-    `torch.nn.TransformerEncoder` in inference). Backward need not be inside the block, unless it
-    computes a part of the forward pass anew (`torch.utils.checkpoint`).
+    name under which a model imported the function before is answered in this thread. What
+    `torch.compile` compiled has the replacement inside the block and torch's own outside. Calls
+    that torch makes inside C++ are not replaced (the fast path of `torch.nn.TransformerEncoder` in
+    inference). Backward need not be inside the block, unless it computes a part of the forward pass
+    anew (`torch.utils.checkpoint`).
 
     Example:
         >>> import torch
@@ -349,6 +359,18 @@ class _Replacement(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+TORCH_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "mask": "attn_mask",
+    "bias": "attn_mask",
+    "causal": "is_causal",
+    "dropout_rate": "dropout_p",
+}
+"""What `scaled_dot_product_attention` calls the arguments."""
+
+
 def _start_aligned(
     query: Any, key: Any, value: Any, attn_mask: Any, *, is_causal: bool, **options: Any
 ) -> Any:
@@ -357,7 +379,9 @@ def _start_aligned(
         options["mask" if attn_mask.dtype == bool else "bias"] = attn_mask
     if is_causal:
         options |= {"causal": True, "q_offset": 0}
-    return flash_attention_jax.flash_attention(query, key, value, **options)
+    mask = options.pop("mask", None)
+    function = "scaled_dot_product_attention"
+    return _front.run(function, query, key, value, mask, options, names=TORCH_NAMES)
 
 
 _scaled_dot_product_attention = jax2torch(_start_aligned)
@@ -373,6 +397,7 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         if not isinstance(x, torch.Tensor):
             got = type(x).__name__
             _check.fail(name, "be a tensor", got, "Wrap it in torch.as_tensor.", TypeError)
+        check_dense(lambda name=name: name, x)
         if x.dim() < 2:
             got = f"shape {tuple(x.shape)}"
             _check.fail(name, "have at least 2 axes", got, "Its last are lengths and dimension.")
@@ -384,20 +409,14 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         _check.agree(("key", "value"), "length (last axis but one)", (key, value), advice)
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that `torch.autocast` asks for, where it is on."""
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        lower = (torch.float32, torch.float16, torch.bfloat16)
-        tensors = tuple(x.to(dtype) if x is not None and x.dtype in lower else x for x in tensors)
-    dtypes = [x.dtype for x in tensors[:3]]
+def _check_dtypes(query: Any, key: Any, value: Any) -> None:
+    """One dtype, after autocast."""
+    dtypes = [x.dtype for x in (query, key, value)]
     if len({*dtypes}) > 1:
         names = ("query", "key", "value")
         got = ", ".join(f"{name} {dtype}" for name, dtype in zip(names, dtypes, strict=True))
         requirement, advice = "share one dtype", "Cast them to the same."
         _check.fail("query`, `key` and `value", requirement, got, advice, TypeError)
-    return tensors
 
 
 def _same_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -447,7 +466,7 @@ def _mask_heads_first(mask: Any, dtype: Any, shape: Shape) -> Any:
     """A mask that broadcasts to (..., i, j) as one that does to (b, h, i, j)."""
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         requirement = f"be boolean, or of query's dtype {dtype} or float32"
-        got, advice = str(mask.dtype), "A boolean mask is True where a query may attend."
+        got, advice = str(mask.dtype), "Pass attn_mask != 0: True where a query may attend."
         _check.fail("attn_mask", requirement, got, advice, TypeError)
     _check.broadcasts("attn_mask", mask, shape, "(..., i, j)", "Expand or reshape it.")
     mask = mask.reshape((1,) * (len(shape) - mask.dim()) + tuple(mask.shape))

@@ -417,22 +417,6 @@ def test_older_batches_of_gradients_are_refused(rng):
         torch.autograd.grad(out, x, torch.eye(3, dtype=DOUBLE), is_grads_batched=True)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile gives warnings of its own
-def test_compile_breaks_the_graph_and_refuses_a_full_one(rng):
-    ours = jax2torch(jnp.sin)
-
-    def model(x):
-        return ours(x * 2) + 1
-
-    x = tensor(rng, 3, grad=True)
-    compiled = torch.compile(model, backend="aot_eager")
-    same(compiled(x), (2 * x).sin() + 1)
-    same(torch.autograd.grad(compiled(x).sum(), x)[0], 2 * (2 * x).cos())
-    torch.compiler.reset()
-    with pytest.raises(Exception, match="a JAX function cannot be compiled by torch"):
-        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-
-
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -452,8 +436,16 @@ BAD = {
         TypeError,
         r"`a` must be a dense tensor, got a nested one\. Pad it",
     ),
-    "quantised": (lambda: (quantised(),), TypeError, r"`a` .*qint8.*dequantize"),
-    "meta": (lambda: (torch.ones(3, device="meta"),), TypeError, r"`a` .*CPU or CUDA.*meta"),
+    "quantised": (
+        lambda: (quantised(),),
+        TypeError,
+        r"`a` must be a dense tensor, .*qint8.*dequantize",
+    ),
+    "dtype": (
+        lambda: (torch.ones(3).to(torch.float8_e4m3fn),),
+        TypeError,
+        r"`a` must have a dtype that JAX shares with torch, got torch.float8_e4m3fn\. Cast",
+    ),
     "devices": (
         lambda: (torch.ones(3), torch.ones(3, device="meta")),
         ValueError,
@@ -486,12 +478,45 @@ def test_keyword_is_named():
         jax2torch(add)(torch.ones(3), scale=[torch.eye(3).to_sparse()])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int64", "complex128"])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_64_bits_without_x64_are_refused_with_the_way_to_turn_it_on(dtype):
     x = torch.ones(3, dtype=getattr(torch, dtype))
     with jax.enable_x64(False), pytest.raises(TypeError, match=r"torch\.\w+32|64.*jax_enable_x64"):
         jax2torch(add)(x)
     assert jax2torch(lambda x: x)(x).dtype == x.dtype
+
+
+WIDE = {"int64": (torch.int32, 2**31), "uint64": (torch.uint32, 2**32)}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_integers_of_64_bits_without_x64_pass_where_they_fit_and_are_named_where_not(dtype, make):
+    narrow, limit = WIDE[dtype]
+    kind = getattr(torch if make is torch.tensor else np, dtype)
+    x = torch.ones(3, requires_grad=True)
+    product = jax2torch(lambda x, n: (x * n.astype(x.dtype), n))
+    with jax.enable_x64(False):
+        out, n = product(x, make([limit - 1, 0, 2], dtype=kind))
+        assert n.dtype == narrow
+        assert n.tolist() == [limit - 1, 0, 2]
+        out.sum().backward()
+        same(x.grad, n.double().float())
+        for worst in (limit, *([-limit - 1] if narrow is torch.int32 else [])):
+            with pytest.raises(ValueError, match=rf"`n\['deep'\]` must .*, got {worst}\. .*x64"):
+                jax2torch(lambda x, n: x)(x, n={"deep": make([3, worst], dtype=kind)})
+    assert jax2torch(lambda n: n)(make([limit], dtype=kind)).tolist() == [limit]
+
+
+def test_integers_that_do_not_fit_are_named_under_func_too():
+    x, n = torch.ones(2, 3, requires_grad=True), torch.tensor([2**31, 1])
+    ours = jax2torch(lambda x, n: x * n.astype(x.dtype))
+    with jax.enable_x64(False):
+        for inner in (lambda f: f, torch.func.grad):
+            call = torch.func.vmap(inner(lambda x, n: ours(x, n).sum()))
+            call(x.detach(), n % 7)
+            with pytest.raises(ValueError, match=rf"`n` must hold integers of int32.*{2**31}"):
+                call(x.detach(), n)
 
 
 def test_cuda_tensor_and_jax_without_cuda_says_what_to_install():
