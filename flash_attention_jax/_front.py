@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from typing import Any, get_type_hints
 
 import jax
+import numpy as np
 
-from flash_attention_jax import _check, _dispatch, _partition, _parts, _read
+from flash_attention_jax import _check, _compilations, _dispatch, _partition, _parts, _read
 from flash_attention_jax._call import Call
 from flash_attention_jax._read import Options
 
@@ -16,6 +18,7 @@ from flash_attention_jax._read import Options
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, implementation: str, given: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Run one call; traced once per record."""
+    _compilations.compiled(call)
     return _partition.attend(_parts.of(implementation), call, _read.arrays(call, given))
 
 
@@ -73,9 +76,26 @@ def check_implementation(name: Any) -> None:
 def _attend(reading: _read.Reading, implementation: str | None, return_lse: bool) -> Any:
     check_implementation(implementation)
     chosen = _dispatch.choose(reading.call, implementation)
-    out, lse = _run(reading.call, chosen.name, reading.given)
+    call, given = _with_offset_as_array(reading, chosen.name)
+    with _compilations.counted(given["q"]):
+        out, lse = _run(call, chosen.name, given)
     out = out.reshape(reading.out_shape)
     return (out, lse.reshape(reading.lse_shape)) if return_lse else out
+
+
+def _with_offset_as_array(
+    reading: _read.Reading, implementation: str
+) -> tuple[Call, dict[str, Any]]:
+    """The call with an offset that the user gave as an array, so that another needs no compiling.
+
+    Kernels keep it: what they read of it is computed when they are traced.
+    """
+    call, given = reading.call, reading.given
+    if not reading.offset_given or implementation in _parts.KERNELS:
+        return call, given
+    terms = (*call.terms, ("q_offset", (1, 1), "int32"))
+    offset = np.full((1, 1), call.offset, np.int32)
+    return dataclasses.replace(call, offset=0, terms=terms), {**given, "q_offset": offset}
 
 
 def run(

@@ -80,12 +80,14 @@ class Reading:
         given: The arrays by the names of `Arrays`, as the user gave them.
         out_shape: Shape of the output.
         lse_shape: Shape of lse.
+        offset_given: Whether the record's offset is a number that the user gave.
     """
 
     call: Call
     given: dict[str, Any]
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
+    offset_given: bool = False
 
 
 def arrays(call: Call, given: dict[str, Any]) -> Arrays:
@@ -210,7 +212,8 @@ def read(
         capability=capability if capability is not None else _capability(platform),
         interpret=interpret,
     )
-    return Reading(call, given, out_shape, lse_shape)
+    number = isinstance(options.get("q_offset"), int)
+    return Reading(call, given, out_shape, lse_shape, offset_given=number)
 
 
 def _platform(q: Any) -> str:

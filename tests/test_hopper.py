@@ -240,6 +240,34 @@ def test_terms_of_pairs_agree_with_the_formula_over_several_blocks(case, interpr
         assert error <= 2 * allowed + 2.0**-8 * np.abs(want).max(), (name, error, allowed)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("rows", [1, 70])
+def test_bias_that_hides_a_whole_first_block_hides_no_more(rows, interpreted):
+    # Left padding by an additive mask: no mask says that the 128 keys of the first block are
+    # hidden. Two rows have an offset besides, and one sees no key.
+    keys = jax.random.split(jax.random.key(2), 4)
+    shapes = ((1, 2, 70, 16), (1, 2, 256, 16), (1, 2, 256, 16), (1, 2, 70, 16))
+    q, k, v, dout = (
+        jax.random.normal(key, sizes, jnp.bfloat16) for key, sizes in zip(keys, shapes, strict=True)
+    )
+    bias = jnp.zeros((1, 1, rows, 256), jnp.float32).at[..., :128].set(-jnp.inf)
+    if rows > 1:
+        q = q.at[:, :, 3:5].set(0)
+        bias = bias.at[:, :, 3].add(-1e9).at[:, :, 4].add(1e9).at[:, :, 5].set(-jnp.inf)
+
+    def run(implementation, dtype):
+        def function(q, k, v, bias):
+            return flash_attention(q, k, v, bias=bias, implementation=implementation)
+
+        out, pull = jax.vjp(function, *(x.astype(dtype) for x in (q, k, v)), bias)
+        return out, *pull(dout.astype(dtype))
+
+    exact, plain = run("dense", jnp.float32), run("dense", jnp.bfloat16)
+    for x, want, rounded in zip(run("hopper", jnp.bfloat16), exact, plain, strict=True):
+        error, allowed = (difference(np.asarray(y, np.float32), want) for y in (x, rounded))
+        assert error <= 2 * allowed + 2.0**-8 * np.abs(want).max(), (error, allowed)
+
+
 DECODED = {
     "one query": {},
     "three causal queries, heads last": {"n": 3, "is_causal": True, "heads_last": True},

@@ -237,6 +237,7 @@ def test_arguments_of_jax_nn_have_its_order_and_defaults():
         assert ours[name].default == parameter.default
 
 
+@pytest.mark.filterwarnings("ignore:`scale` took 3 values")
 def test_default_scales():
     unit = functools.partial(f.attention, *f.l2norm_tensors(q, k), v)
     same(f.flash_attention(q, k, v), f.attention(q, k, v, scale=8**-0.5))
