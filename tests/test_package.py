@@ -20,11 +20,12 @@ OPTIONAL = ("flax", "optax", "orbax", "tqdm", "torch", "jax_triton", "triton", "
 # here is at the top: a shell, or a function of the public face.
 LAYERS = [
     ["_call", "_types", "_varying", "_optional"],
-    ["_masks", "_dropout", "_check", "_exponential", "_logits", "_online", "_similarity", "_tiles"],
+    ["_masks", "_dropout", "_check", "_exponential", "_logits", "_online", "_similarity", "_tiles"]
+    + ["_results"],
     ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
     ["_dispatch"],
     ["_parts", "_partition"],
-    ["_read", "_front"],
+    ["_read", "_front", "_compilations"],
     ["_attention", "_cosine", "_plain", "_explain", "_merge"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
