@@ -20,8 +20,10 @@ OPTIONAL = ("flax", "optax", "orbax", "tqdm", "torch", "jax_triton", "triton", "
 # here is at the top: a shell, or a function of the public face.
 LAYERS = [
     ["_call", "_types", "_varying", "_optional"],
-    ["_masks", "_dropout", "_check", "_exponential", "_logits", "_online", "_similarity", "_tiles"]
-    + ["_results"],
+    [
+        *("_check", "_dropout", "_exponential", "_logits", "_masks", "_online", "_results"),
+        *("_similarity", "_tiles"),
+    ],
     ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
     ["_dispatch"],
     ["_parts", "_partition"],
