@@ -438,17 +438,23 @@ def _wrong(rows: list[_Row], dtype: str) -> list[str]:
     ]
 
 
+def on_terminal() -> bool:
+    """Whether stderr can redraw a line: in a pipe or a log each carriage return would stay."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class _Bar:
-    """A progress bar on stderr: tqdm's where it is installed, else a plain one."""
+    """A progress bar on a terminal's stderr: tqdm's where it is installed, else a plain one."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._label = total, 0, ""
-        try:
-            from tqdm import tqdm
+        self._shown, self._tqdm = on_terminal(), None
+        if not self._shown:
+            return
         # A broken tqdm counts as an absent one: the plain bar serves.
-        except Exception:  # noqa: BLE001
-            self._tqdm = None
-        else:
+        with contextlib.suppress(Exception):
+            from tqdm import tqdm
+
             self._tqdm = tqdm(total=total, leave=False, file=sys.stderr)
 
     def label(self, text: str) -> None:
@@ -474,7 +480,7 @@ class _Bar:
         """Take the bar off the screen."""
         if self._tqdm is not None:
             self._tqdm.clear()
-        else:
+        elif self._shown:
             print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -485,7 +491,9 @@ class _Bar:
 
     def _show(self) -> None:
         if self._tqdm is not None:
-            self._tqdm.set_description(self._label, refresh=sys.stderr.isatty())
+            self._tqdm.set_description(self._label)
+            return
+        if not self._shown:
             return
         full = 30 * self._done // self._total
         text = f"[{'#' * full}{'.' * (30 - full)}] {self._done}/{self._total} {self._label}"

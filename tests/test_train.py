@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -265,6 +266,41 @@ def test_progress_shows_the_speed_without_the_first_step(capsys):
             progress({"bits_per_byte": np.float32(loss)}, seconds)
     # 2 batches of 4 sequences of 16 tokens in half a second on average.
     assert "256 tokens/s, 7.000 bits/byte" in capsys.readouterr().err
+
+
+def test_progress_in_a_pipe_is_whole_lines(capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}), steps=25)
+    for done, shown in ((0, True), (22, True), (0, False)):
+        with _loop._progress(config, done, "train", shown=shown) as progress:
+            for _ in range(done, 25):
+                progress({"bits_per_byte": np.float32(8.0)}, 0.5)
+        said = capsys.readouterr().err
+        steps = [n for n in (3, 6, 9, 12, 15, 18, 21, 24, 25) if n > done and shown]
+        assert said == "".join(
+            f"train: step {n} of 25, 128 tokens/s, 8.000 bits/byte\n" for n in steps
+        )
+
+
+def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}), steps=10_000)
+    now = [0.0]
+    monkeypatch.setattr(_loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with _loop._progress(config, 0, "train", shown=True) as progress:
+        for _ in range(8):
+            now[0] += 25.0
+            progress({"bits_per_byte": np.float32(8.0)}, 25.0)
+    steps = re.findall(r"^train: step (\d+) of 10000, ", capsys.readouterr().err, re.MULTILINE)
+    assert steps == ["3", "6"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with _loop._progress(config, 0, "train", shown=True) as progress:
+        progress({"bits_per_byte": np.float32(8.0)}, 0.5)
+    said = capsys.readouterr().err
+    assert re.search(r"\rtrain: +17%.*1/6 .*128 tokens/s, 8.000 bits/byte\]", said)
+    assert "step 1 of 6" not in said
 
 
 BAD_INPUT = {
