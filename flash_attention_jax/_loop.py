@@ -34,7 +34,7 @@ with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):
     from flash_attention_jax._fleet import Fleet
     from flash_attention_jax.transformer import CausalTransformer, generate
 
-__all__ = ["Config", "evaluate", "fit", "sample"]
+__all__ = ["Config", "evaluate", "fit", "fit_alone", "sample"]
 
 SAVE_SECONDS = 60.0  # the most that a kill can cost
 VALID_BYTES = 2**13  # at a validation during the run
@@ -151,7 +151,8 @@ def fit(
 
     Raises:
         InputError: `resume` without a checkpoint, with a damaged one, or with one of another
-            configuration; or the loss is no longer finite.
+            configuration; another run writes into `out`; the disk is full; or the loss is no
+            longer finite.
 
     Example:
         >>> import pathlib, tempfile
@@ -182,6 +183,33 @@ def fit(
         4
     """
     fleet = fleet or Fleet()
+    with _saving.writing(out, lock=fleet.first):
+        return fit_alone(
+            config,
+            text,
+            out,
+            resume=resume,
+            label=label,
+            save_every=save_every,
+            validate_every=validate_every,
+            sample_every=sample_every,
+            fleet=fleet,
+        )
+
+
+def fit_alone(
+    config: Config,
+    text: Text,
+    out: Path,
+    *,
+    resume: bool,
+    label: str,
+    save_every: int,
+    validate_every: int,
+    sample_every: int,
+    fleet: Fleet,
+) -> dict[str, Any]:
+    """`fit` for a caller who has made `out` its own by `_saving.writing`."""
     options, checkpoints = dataclasses.asdict(config), out / "checkpoints"
     state = config.initial_state()
     if resume:
