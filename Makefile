@@ -26,7 +26,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench bench-micro plots compile-gpu compile-hopper test-triton compile-triton test-gpu bench-gpu train notebooks clean FORCE
+.PHONY: help demo test test-core lint bench bench-micro plots compile-gpu compile-hopper test-triton compile-triton test-gpu bench-gpu train notebooks clean FORCE
 
 help: ## show this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -37,6 +37,12 @@ demo: $(VENV)/.train ## check every engine here, then train a small transformer 
 
 test: $(VENV)/.test $(VENV)/.torch ## run the tests; ARGS="-k causal" goes to pytest
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+test-core: ## install what setup.cfg requires and nothing else, and ask that install for its kernels
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder/venv" && \
+	    mkdir "$$folder/source" && cp -R README.md LICENSE setup.cfg pyproject.toml flash_attention_jax kernels "$$folder/source" && \
+	    "$$folder/venv/bin/python" -m pip install -qq --disable-pip-version-check "$$folder/source" && \
+	    cp tests/core_install.py "$$folder" && cd "$$folder" && venv/bin/python core_install.py
 
 lint: $(VENV)/.dev ## check format, lint and types
 	$(RUN) -m ruff format --check .

@@ -3,7 +3,23 @@
 Heads first, (batch, heads, length, dim): `flash_attention`, `flash_cosine_sim_attention` and their
 relatives. JAX's own convention, (batch, length, heads, dim): `dot_product_attention`, a drop-in for
 that of `jax.nn`. Packed sequences, (tokens, heads, dim): `flash_attention_varlen`.
+
+The other public modules, such as `linen`, `sharding` and `torch`, are attributes too, each imported
+when it is first asked for.
 """
+
+import importlib.util
+import types
+import typing
+
+if importlib.util.find_spec("flash_attention_jax.kernels") is None:
+    raise ImportError(
+        "flash_attention_jax/kernels must be a link to the folder kernels beside the package; "
+        "git writes a text or nothing where it makes no symbolic links. In the checkout, run "
+        "`git config core.symlinks true` and `git checkout -- flash_attention_jax/kernels` (on "
+        "Windows in developer mode), or run `pip install .` there and import it from elsewhere.",
+        name="flash_attention_jax.kernels",
+    )
 
 from flash_attention_jax._attention import (
     causal_flash_attention,
@@ -65,3 +81,33 @@ __all__ = [
     "unpad_input",
     "value_and_grad_difference",
 ]
+
+_MODULES = (
+    "cache",
+    "compare",
+    "data",
+    "linen",
+    "nnx",
+    "rotary",
+    "sharding",
+    "testing",
+    "torch",
+    "train",
+    "transformer",
+    "varlen",
+)
+
+# Type checkers would take any name for an attribute.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> types.ModuleType:
+        """A public module, of which some need packages that a plain install lacks (PEP 562)."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:  # as an attribute that is missing: `hasattr` and `help` ask
+            raise AttributeError(str(error)) from error
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from flash_attention_jax._curves import Curves
 from flash_attention_jax._optional import needs
+from flash_attention_jax.compare import on_terminal
 from flash_attention_jax.data import InputError, Text
 
 with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):
@@ -32,11 +34,13 @@ with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):
     from flash_attention_jax._fleet import Fleet
     from flash_attention_jax.transformer import CausalTransformer, generate
 
-__all__ = ["Config", "evaluate", "fit", "sample"]
+__all__ = ["Config", "evaluate", "fit", "fit_alone", "sample"]
 
 SAVE_SECONDS = 60.0  # the most that a kill can cost
 VALID_BYTES = 2**13  # at a validation during the run
 SPEED_STEPS = 10  # the progress bar shows their mean
+LINES = 10  # of progress, where stderr is no terminal
+LINE_SECONDS = 60.0  # the longest time between two of them
 SAMPLE_PROMPT, SAMPLE_LENGTH = 64, 192
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 
@@ -123,7 +127,7 @@ def fit(
     sample_every: int = 0,
     fleet: Fleet | None = None,
 ) -> dict[str, Any]:
-    """Trains for `config.steps` steps, with a progress bar, checkpoints and a log.
+    """Trains for `config.steps` steps, with progress on stderr, checkpoints and a log.
 
     SIGINT and SIGTERM end it after the step under way, with a checkpoint; the state returned then
     has a `step` below `config.steps`. A kill costs what came after the last checkpoint, which the
@@ -135,7 +139,7 @@ def fit(
         out: the folder to write to: `checkpoints`, every minute and at the end; `log.csv`, a row
             for each step; `tensorboard`, if that is installed; `samples.txt`, with `sample_every`.
         resume: go on from the newest checkpoint.
-        label: stands before the progress bar.
+        label: stands before the progress.
         save_every: steps between checkpoints beside those of every minute; 0 = none.
         validate_every: steps between validations on a part of the held-out text; 0 = none.
         sample_every: steps between samples; 0 = none.
@@ -147,7 +151,8 @@ def fit(
 
     Raises:
         InputError: `resume` without a checkpoint, with a damaged one, or with one of another
-            configuration; or the loss is no longer finite.
+            configuration; another run writes into `out`; the disk is full; or the loss is no
+            longer finite.
 
     Example:
         >>> import pathlib, tempfile
@@ -178,6 +183,33 @@ def fit(
         4
     """
     fleet = fleet or Fleet()
+    with _saving.writing(out, lock=fleet.first):
+        return fit_alone(
+            config,
+            text,
+            out,
+            resume=resume,
+            label=label,
+            save_every=save_every,
+            validate_every=validate_every,
+            sample_every=sample_every,
+            fleet=fleet,
+        )
+
+
+def fit_alone(
+    config: Config,
+    text: Text,
+    out: Path,
+    *,
+    resume: bool,
+    label: str,
+    save_every: int,
+    validate_every: int,
+    sample_every: int,
+    fleet: Fleet,
+) -> dict[str, Any]:
+    """`fit` for a caller who has made `out` its own by `_saving.writing`."""
     options, checkpoints = dataclasses.asdict(config), out / "checkpoints"
     state = config.initial_state()
     if resume:
@@ -316,13 +348,21 @@ def _step(
 
 @contextlib.contextmanager
 def _progress(config: Config, done: int, label: str, shown: bool) -> Iterator[Any]:
-    """A progress bar: a function of a step's numbers and seconds, which returns tokens/s."""
+    """Progress on stderr: a function of a step's numbers and seconds, which returns tokens/s.
+
+    A terminal gets a bar that is redrawn; a pipe or a log gets a line now and then.
+    """
+    bar_shown = shown and on_terminal()
+    step, said_at = done, time.monotonic()
     tokens = config.batch * config.accumulate * config.seq_len
     losses: list[float] = []
     times: list[float] = []
-    with tqdm(total=config.steps, initial=done, desc=label, unit="step", disable=not shown) as bar:
+    with tqdm(
+        total=config.steps, initial=done, desc=label, unit="step", disable=not bar_shown
+    ) as bar:
 
         def advance(row: dict, seconds: float) -> float:
+            nonlocal step, said_at
             losses.append(float(row["bits_per_byte"]))
             times.append(seconds)
             # The first step compiles, which says nothing about those to come.
@@ -330,8 +370,16 @@ def _progress(config: Config, done: int, label: str, shown: bool) -> Iterator[An
             del losses[:-SPEED_STEPS], times[1:-SPEED_STEPS]
             speed = tokens * len(recent) / sum(recent)
             bits = sum(losses) / len(losses)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s, {bits:.3f} bits/byte", refresh=False)
+            text = f"{speed:,.0f} tokens/s, {bits:.3f} bits/byte"
+            bar.set_postfix_str(text, refresh=False)
             bar.update()
+            step += 1
+            due = step % math.ceil(config.steps / LINES) == 0 or step == config.steps
+            if shown and not bar_shown and (due or time.monotonic() - said_at > LINE_SECONDS):
+                print(
+                    f"{label}: step {step} of {config.steps}, {text}", file=sys.stderr, flush=True
+                )
+                said_at = time.monotonic()
             return tokens / seconds
 
         yield advance

@@ -1,30 +1,105 @@
-"""Checkpoints that survive a kill at any moment, and interruptions that wait for one."""
+"""Checkpoints that survive a kill at any moment, and interruptions that wait for one.
+
+A folder belongs to one run at a time (`writing`), or the second would move the first's away.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import platform
 import shutil
 import signal
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
 from flash_attention_jax._optional import needs
-from flash_attention_jax.data import InputError
+from flash_attention_jax.data import FULL, InputError, no_room
 
 with needs("flash_attention_jax.train", "orbax-checkpoint", extra="train"):
     import orbax.checkpoint as ocp
 
-__all__ = ["interruptions", "restore", "save"]
+__all__ = ["interruptions", "restore", "save", "writing"]
 
 FORMAT = 3  # of the manifest and of what lies beside it
 KEPT = 2  # if the newest is damaged, the run goes on from the one before
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+SPARE = 2**18  # bytes beside the arrays: the manifest, and what orbax writes of their shapes
+UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what a file system lacks
+
+
+@contextlib.contextmanager
+def writing(out: Path, *, lock: bool = True) -> Iterator[None]:
+    """A block in which this process, and no other, writes a run into `out`.
+
+    The system holds the lock for the open file and lets go of it when the process ends, however it
+    does, so a dead run locks nobody out. The file stays: removing it would race with the next run.
+
+    Args:
+        out: the folder of the run; made where it is missing.
+        lock: whether to lock it; of several processes that train together, one does.
+
+    Raises:
+        InputError: another run writes into it, or the disk is full.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out) if lock else contextlib.nullcontext():
+            yield
+    except Exception as error:
+        found = [int(path.name) for path in _whole(out / "checkpoints")]
+        resume = f"go on from step {found[-1]} with --resume" if found else "choose another"
+        full = no_room(error, out, f"Free some, or {resume}.")
+        if full is None:
+            raise
+        raise full from error
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with (out / LOCK).open("a+", encoding="utf-8") as file:
+        if not _lock(file):
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise InputError(
+                f"`--out` must be a folder into which no other run writes, got {out}, into which "
+                f"{holder} does. Wait for it to end, or choose another."
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Takes the lock of an open file, which its closing gives back; `False` if another has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(2**30)  # past the text, which others cannot read where it is locked
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNLOCKABLE:
+            raise
+    return True
 
 
 def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path:
@@ -48,6 +123,25 @@ def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path
         shutil.rmtree(left)
     whole = folder / f"{step:08d}"
     partial = folder / f".{whole.name}.partial"
+    try:
+        _write(partial, state, config)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        raise
+    if whole.exists():
+        _discard(whole)
+    partial.rename(whole)
+    _sync(folder)
+    for old in _whole(folder)[:-KEPT]:
+        _discard(old)
+    return whole
+
+
+def _write(partial: Path, state: Any, config: Mapping[str, Any]) -> None:
+    """Arrays and manifest, on the disk when this returns."""
+    partial.mkdir()
+    # Before orbax, whose threads would print hundreds of lines about a full disk.
+    _reserve(partial, SPARE + sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")))
     with _checkpointer() as checkpointer:
         checkpointer.save((partial / "state").absolute(), args=ocp.args.StandardSave(state))
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
@@ -57,13 +151,6 @@ def save(folder: Path, step: int, state: Any, config: Mapping[str, Any]) -> Path
     # The rename must not reach the disk before what is renamed does.
     for path in (partial, *partial.rglob("*")):
         _sync(path)
-    if whole.exists():
-        _discard(whole)
-    partial.rename(whole)
-    _sync(folder)
-    for old in _whole(folder)[:-KEPT]:
-        _discard(old)
-    return whole
 
 
 def restore(folder: Path, template: Any, config: Mapping[str, Any]) -> Any:
@@ -198,13 +285,38 @@ def _checksum(path: Path) -> int:
     return crc
 
 
+def _reserve(folder: Path, size: int) -> None:
+    """Raises the system's error where `folder` has no room for `size` bytes."""
+    if hasattr(os, "posix_fallocate"):  # which knows of quotas too
+        room = folder / "room"
+        try:
+            with room.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+        finally:
+            room.unlink(missing_ok=True)
+    elif shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
 def _sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    try:
+        # Windows writes out only what is open for writing, and opens no folder.
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of other machines have nothing to write out for a folder.
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

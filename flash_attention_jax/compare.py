@@ -24,7 +24,13 @@ import numpy as np
 
 from flash_attention_jax import _attention, _check, _cosine, _dispatch, _explain
 
-__all__ = ["Difference", "PRNGKeyGenerator", "check_main", "value_and_grad_difference"]
+__all__ = [
+    "Difference",
+    "Gradients",
+    "PRNGKeyGenerator",
+    "check_main",
+    "value_and_grad_difference",
+]
 
 ENTRIES = 2**24
 """Logits that the float64 reference holds at once: 128 MiB of each of a few matrices."""
@@ -40,24 +46,35 @@ Rounding alone stays within 2 for most inputs; a wrong mask or a missing term is
 # --- two functions -------------------------------------------------------------------------------
 
 
-class Difference(NamedTuple):
-    """The largest elementwise differences of two attention functions; print it.
+class Gradients(NamedTuple):
+    """The largest elementwise differences of the gradients of two attention functions.
 
     Attributes:
-        o: Of the outputs.
-        dq: Of the gradients with respect to the queries.
-        dk: Of those with respect to the keys.
-        dv: Of those with respect to the values.
+        dq: Of those with respect to the queries.
+        dk: With respect to the keys.
+        dv: With respect to the values.
     """
 
-    o: float
     dq: float
     dk: float
     dv: float
 
+
+class Difference(NamedTuple):
+    """The largest elementwise differences of two attention functions; print it, or unpack it.
+
+    Attributes:
+        o: Of the outputs.
+        gradients: Of the gradients, (dq, dk, dv).
+    """
+
+    o: float
+    gradients: Gradients
+
     def __str__(self) -> str:
         """The four on a line."""
-        return "  ".join(f"{name} {x:.1e}" for name, x in zip(self._fields, self, strict=True))
+        four = {"o": self.o, **self.gradients._asdict()}
+        return "  ".join(f"{name} {x:.1e}" for name, x in four.items())
 
 
 class PRNGKeyGenerator:
@@ -127,7 +144,8 @@ def value_and_grad_difference(
         dim: Dimension of queries, keys and values.
 
     Returns:
-        (o, dq, dk, dv), the largest differences; NaN where either function gives NaN.
+        (o, (dq, dk, dv)), the largest differences, as a named pair and a named triple; NaN where
+        either function gives NaN.
 
     Raises:
         TypeError: If fn1 or fn2 is no function, or a size no integer.
@@ -136,8 +154,10 @@ def value_and_grad_difference(
     Example:
         >>> from flash_attention_jax import attention, flash_attention, value_and_grad_difference
         >>> sizes = {"batch": 1, "heads": 2, "q_seq_len": 30, "k_seq_len": 40, "dim": 16}
-        >>> difference = value_and_grad_difference(attention, flash_attention, seed=42, **sizes)
-        >>> all(x < 1e-5 for x in difference)
+        >>> diff, (dq, dk, dv) = value_and_grad_difference(
+        ...     attention, flash_attention, seed=42, **sizes
+        ... )
+        >>> max(diff, dq, dk, dv) < 1e-5
         True
     """
     for name, fn in (("fn1", fn1), ("fn2", fn2)):
@@ -160,8 +180,8 @@ def value_and_grad_difference(
     first = list(_results("fn1", fn1, mask)(q, k, v, dout))
     second = list(_results("fn2", fn2, mask)(q, k, v, dout))
     # From the last to the first, so that both are freed as soon as they are compared.
-    found = [_largest_difference(first.pop(), second.pop()) for _ in range(4)]
-    return Difference(*reversed(found))
+    dv, dk, dq, o = (_largest_difference(first.pop(), second.pop()) for _ in range(4))
+    return Difference(o, Gradients(dq, dk, dv))
 
 
 def _results(name: str, fn: Callable[..., Any], mask: jax.Array | None) -> Callable[..., Any]:
@@ -418,17 +438,23 @@ def _wrong(rows: list[_Row], dtype: str) -> list[str]:
     ]
 
 
+def on_terminal() -> bool:
+    """Whether stderr can redraw a line: in a pipe or a log each carriage return would stay."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class _Bar:
-    """A progress bar on stderr: tqdm's where it is installed, else a plain one."""
+    """A progress bar on a terminal's stderr: tqdm's where it is installed, else a plain one."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._label = total, 0, ""
-        try:
-            from tqdm import tqdm
+        self._shown, self._tqdm = on_terminal(), None
+        if not self._shown:
+            return
         # A broken tqdm counts as an absent one: the plain bar serves.
-        except Exception:  # noqa: BLE001
-            self._tqdm = None
-        else:
+        with contextlib.suppress(Exception):
+            from tqdm import tqdm
+
             self._tqdm = tqdm(total=total, leave=False, file=sys.stderr)
 
     def label(self, text: str) -> None:
@@ -454,7 +480,7 @@ class _Bar:
         """Take the bar off the screen."""
         if self._tqdm is not None:
             self._tqdm.clear()
-        else:
+        elif self._shown:
             print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -465,7 +491,9 @@ class _Bar:
 
     def _show(self) -> None:
         if self._tqdm is not None:
-            self._tqdm.set_description(self._label, refresh=sys.stderr.isatty())
+            self._tqdm.set_description(self._label)
+            return
+        if not self._shown:
             return
         full = 30 * self._done // self._total
         text = f"[{'#' * full}{'.' * (30 - full)}] {self._done}/{self._total} {self._label}"

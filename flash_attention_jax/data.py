@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
+import errno
 import hashlib
+import importlib
 import os
 import shutil
 import sysconfig
@@ -21,11 +22,70 @@ __all__ = ["InputError", "Text", "byte_entropy", "load_text", "replacing"]
 
 DEFAULT_FILE = Path("data/enwik8.gz")
 VALID_FRACTION = 20  # one part in 20 is held out, as is usual for enwik8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file
+HEAD = 8192  # bytes that tell what a file is
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+# What cannot be trained on as it lies, by the bytes that it begins with.
+PACKED = (
+    (b"\x1f\x8b", "gz"),
+    (b"BZh", "bz2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"]\0\0", "lzma"),
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"7z\xbc\xaf\x27\x1c", "7z"),
+    (b"Rar!\x1a\x07", "rar"),
+    (b"\x1f\x9d", "compress (.Z)"),
+    (b"\x1f\xa0", "compress (.Z)"),
+    (b"LZIP\x01", "lzip"),
+    (b"\x89LZO\0", "lzop"),
+    (b"\xff\x06\0\0sNaPpY", "snappy"),
+    (b"MSCF\0\0", "cab"),
+    (b"PAR1\x15", "Parquet"),
+    (b"%PDF-", "PDF"),
+)
+# The modules of Python's standard library that read some of them; a Python may be built without.
+OPENERS = {"gz": "gzip", "bz2": "bz2", "xz": "lzma", "lzma": "lzma", "zip": "zipfile"}
 
 
 class InputError(ValueError):
     """What a command line function was given cannot be used; its message is one line."""
+
+
+def no_room(error: BaseException, folder: Path, advice: str) -> InputError | None:
+    """The line for a disk that is full, where that is what `error` comes from.
+
+    Args:
+        error: what writing raised; those that it was raised from count too.
+        folder: where a run writes.
+        advice: what to do.
+
+    Returns:
+        The error to raise instead, or `None` where the disk is not full.
+
+    Example:
+        >>> error = OSError(errno.ENOSPC, "No space left on device")
+        >>> print(no_room(error, Path("runs/demo"), "Free some."))
+        `--out` must have room for what the run writes, got runs/demo: No space left on device. \
+Free some.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = None
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            text = cause.strerror
+        elif not isinstance(cause, OSError):  # tensorstore's errors are text alone
+            text = next((os.strerror(n) for n in FULL if os.strerror(n) in str(cause)), None)
+        if text is not None:
+            return InputError(
+                f"`--out` must have room for what the run writes, got {folder}: {text}. {advice}"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +151,14 @@ class Text:
 def load_text(data: str | os.PathLike[str] | None, *, cache: Path, seq_len: int) -> Text:
     """Opens a text without reading it whole.
 
-    A plain file is mapped where it lies. A .gz file and a folder are written once as a flat file
-    into `cache`, and found there as long as their sizes and dates stay.
+    A plain file is mapped where it lies. A compressed file and a folder are written once as a flat
+    file into `cache`, and found there as long as their sizes and dates stay.
 
     Args:
-        data: a file, a .gz file, or a folder, whose text files are read in the order of their
-            paths. `None` means data/enwik8.gz where that exists, and otherwise the source of
-            Python's standard library.
+        data: a text, one that gzip, bzip2 or xz compressed, a zip archive with one file, or a
+            folder, whose text files are read in the order of their paths; compressed ones in it
+            are left out. `None` means data/enwik8.gz where that exists, and otherwise the source
+            of Python's standard library.
         cache: folder for flat copies.
         seq_len: the least length that the training part and the held-out part must have.
 
@@ -105,7 +166,8 @@ def load_text(data: str | os.PathLike[str] | None, *, cache: Path, seq_len: int)
         The text; its last twentieth is held out.
 
     Raises:
-        InputError: no such file, one that cannot be read, or a text that is too short.
+        InputError: no such file, one that cannot be read, one that something else compressed, a
+            text that is too short, or no room for the flat file.
 
     Example:
         >>> import pathlib, tempfile
@@ -235,15 +297,34 @@ def _find(data: str | os.PathLike[str] | None, cache: Path) -> tuple[str, Path]:
     if not path.stat().st_size:
         raise InputError(f"`--data` must hold text, got {path} with 0 bytes. Give another file.")
     with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        return str(path), _unpack(path, cache)
-    if magic == b"PK\x03\x04":
-        raise InputError(
-            f"`--data` must be a text, a .gz file or a folder, got the zip archive {path}. "
-            "Unzip it first."
-        )
-    return str(path), path
+        kind = _packed(file.read(HEAD), path.suffix)
+    return str(path), path if kind is None else _unpack(path, kind, cache)
+
+
+def _packed(head: bytes, suffix: str = "") -> str | None:
+    """How a file is compressed or archived, by its beginning; `None` where it is read as it is."""
+    if head[257:262] == b"ustar":
+        return "tar"
+    if suffix == ".br":  # nothing in it tells
+        return "brotli"
+    for magic, kind in PACKED:
+        if head.startswith(magic):
+            # Three letters may begin a text; a stream goes on with its level and a block's number.
+            blocks = (b"1AY&SY", b"\x17rE8P\x90")
+            if kind != "bz2" or (head[3:4] in b"123456789" and head[4:10] in blocks):
+                return kind
+    if head[:1] == b"x":  # a zlib stream has no more to know it by, so it is tried
+        with contextlib.suppress(zlib.error):
+            zlib.decompressobj().decompress(head)
+            return "zlib"
+    return None
+
+
+def _unreadable(path: Path, kind: str) -> InputError:
+    return InputError(
+        "`--data` must be a text, one compressed as .gz, .bz2 or .xz, a .zip of one file, or a "
+        f"folder, got {path}, which is {kind}. Unpack it first."
+    )
 
 
 def _files(folder: Path, cache: Path, suffix: str = "") -> Iterator[Path]:
@@ -263,8 +344,9 @@ def _files(folder: Path, cache: Path, suffix: str = "") -> Iterator[Path]:
             if name.startswith(".") or not name.endswith(suffix) or not path.is_file():
                 continue
             with path.open("rb") as file:
-                head = file.read(8192)
-            if head and b"\0" not in head:  # how git tells texts from other files
+                head = file.read(HEAD)
+            # How git tells texts from other files; a short compressed file may hold no zero.
+            if head and b"\0" not in head and _packed(head, path.suffix) is None:
                 yield path
 
 
@@ -279,19 +361,46 @@ def _join(files: list[Path], folder: Path, cache: Path) -> Path:
     return _cached(files, folder, cache, copy)
 
 
-def _unpack(path: Path, cache: Path) -> Path:
-    """One flat file with the contents of a .gz file."""
+def _unpack(path: Path, kind: str, cache: Path) -> Path:
+    """One flat file with the contents of a compressed file."""
+    if kind not in OPENERS:
+        raise _unreadable(path, kind)
+    try:
+        module = importlib.import_module(OPENERS[kind])
+    except ImportError as error:
+        raise _unreadable(path, f"{kind}, and this Python cannot read it ({error})") from error
 
     def copy(target: BinaryIO) -> None:
-        try:
-            with gzip.open(path, "rb") as source:
-                shutil.copyfileobj(source, target)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"`--data` must be a whole .gz file, got {path}: {error}. Fetch it again."
-            ) from error
+        with contextlib.ExitStack() as stack:
+            if kind == "zip":
+                archive = stack.enter_context(module.ZipFile(path))
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+                if len(entries) != 1:
+                    raise _unreadable(path, f"a zip of {len(entries)} files")
+                source = stack.enter_context(archive.open(entries[0]))
+            else:
+                source = stack.enter_context(module.open(path, "rb"))
+            head = source.read(HEAD)
+            inner = _packed(head)
+            if inner is not None:  # names and padding of an archive, say, are no text
+                raise _unreadable(path, f"{inner} inside {kind}")
+            target.write(head)
+            shutil.copyfileobj(source, target)
 
-    return _cached([path], path.parent, cache, copy)
+    bad = [getattr(module, name, EOFError) for name in ("BadGzipFile", "LZMAError", "BadZipFile")]
+    try:
+        return _cached([path], path.parent, cache, copy)
+    except (EOFError, zlib.error, *bad) as error:
+        reason: Exception = error
+    except RuntimeError as error:  # a password, or a method that Python does not have
+        raise _unreadable(path, f"a zip that Python cannot read ({error})") from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of the data
+            raise
+        reason = error
+    raise InputError(
+        f"`--data` must be a whole .{kind} file, got {path}: {reason}. Fetch it again."
+    ) from reason
 
 
 def _cached(
@@ -303,8 +412,14 @@ def _cached(
     target = cache / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
     if target.is_file():
         return target
-    with replacing(target) as file:
-        write(file)
+    try:
+        with replacing(target) as file:
+            write(file)
+    except OSError as error:
+        full = no_room(error, cache, "Free some, or choose another.")
+        if full is None:
+            raise
+        raise full from error
     return target
 
 

@@ -27,7 +27,8 @@ from jaxtyping import PyTree
 import flash_attention_jax
 from flash_attention_jax import _curves
 from flash_attention_jax._fleet import Fleet, join_processes, make_mesh, parse_mesh
-from flash_attention_jax._loop import Config, evaluate, fit, sample
+from flash_attention_jax._loop import Config, evaluate, fit, fit_alone, sample
+from flash_attention_jax._saving import writing
 from flash_attention_jax.compare import Parser, UsageError, check_main
 from flash_attention_jax.data import InputError, Text, byte_entropy, load_text, replacing
 
@@ -74,8 +75,8 @@ def _parser(command: str, *, steps: int, out: str) -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data", help="a text: a file, a .gz file or a folder; without it data/enwik8.gz if that "
-        "is there, else the source of Python's standard library")  # fmt: skip
+    add("--data", help="a text: a file, as .gz, .bz2, .xz or .zip too, or a folder; without it "
+        "data/enwik8.gz if there is one, else the source of Python's standard library")  # fmt: skip
     add("--similarity", choices=("dot", "cosine"), default="dot", help="of queries and keys")
     add("--attention", choices=("auto", "dense", "blocked"), default="auto", help="engine")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
@@ -160,6 +161,13 @@ def _train(command: str, args: argparse.Namespace, argv: Sequence[str], fleet: F
             f"`--out` must be a folder that can be written, got {args.out}: {error.strerror}. "
             "Choose another."
         ) from error
+    # From before an earlier run's results are moved until the report is written.
+    with writing(args.out, lock=fleet.first):
+        return _train_alone(command, args, argv, fleet)
+
+
+def _train_alone(command: str, args: argparse.Namespace, argv: Sequence[str], fleet: Fleet) -> int:
+    """The same, for a folder into which no other run writes."""
     text = load_text(args.data, cache=args.out, seq_len=args.seq_len)
     config = _config(args, text)
     if command == "demo" and not args.resume and fleet.first:
@@ -173,7 +181,7 @@ def _train(command: str, args: argparse.Namespace, argv: Sequence[str], fleet: F
     if not args.resume and fleet.first:
         _keep_previous(args.out)
     every = math.ceil(config.steps / 10) if args.validate_every is None else args.validate_every
-    state = fit(
+    state = fit_alone(
         config,
         text,
         args.out,

@@ -94,6 +94,7 @@ def _wrong_software(call: Call) -> str | None:
     return reason
 
 
+PACKAGES = {"absl": "absl-py"}  # those whose name is not their module's
 # What the kernels use of Pallas; the interpreter came later than the rest.
 _NEEDED = ("kernel", "wgmma", "copy_gmem_to_smem", "set_max_registers", "layout_cast", "Barrier")
 
@@ -102,6 +103,12 @@ _NEEDED = ("kernel", "wgmma", "copy_gmem_to_smem", "set_max_registers", "layout_
 def _pallas_why_not(interpret: bool) -> str | None:
     try:
         plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ModuleNotFoundError as error:
+        package = PACKAGES.get(error.name or "", error.name)
+        return (
+            f"Pallas for Mosaic GPU of jax {jax.__version__} needs the module {error.name}, which "
+            f"is not installed: pip install {package}"
+        )
     except Exception as error:  # noqa: BLE001 (a broken install must not break the import of ours)
         return f"Pallas for Mosaic GPU does not import with jax {jax.__version__}: {error}"
     missing = [name for name in _NEEDED if not hasattr(plgpu, name)]

@@ -81,7 +81,8 @@ assert out.shape == q.shape and lse.shape == q.shape[:-1]
 one, other = f.l2norm_tensors(q, q[0], groups=2)
 assert one.shape == q.shape and other.shape == q.shape[1:]
 sizes = dict(batch=1, heads=2, q_seq_len=5, k_seq_len=7, dim=8)
-assert max(f.value_and_grad_difference(f.attention, f.flash_attention, **sizes)) < 1e-5
+o, (dq, dk, dv) = f.value_and_grad_difference(f.attention, f.flash_attention, **sizes)
+assert max(o, dq, dk, dv) < 1e-5
 assert next(f.PRNGKeyGenerator(3)).shape == ()
 assert f.flash_attention is not f.attention and f.plain_attention is f.attention
 """

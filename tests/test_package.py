@@ -3,14 +3,21 @@
 import ast
 import graphlib
 import importlib.metadata
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from flash_attention_jax import explain
+from flash_attention_jax.kernels import _support
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flash_attention_jax"
@@ -206,6 +213,107 @@ def test_kernels_refuse_any_other_name():
     )
 
 
+@pytest.mark.parametrize("there", ["a text", "nothing", "a link"])
+def test_checkout_without_symbolic_links_says_what_to_do(there, tmp_path):
+    (tmp_path / PACKAGE).mkdir()
+    for path in (ROOT / PACKAGE).glob("*.py"):
+        shutil.copy(path, tmp_path / PACKAGE)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    if there == "a text":  # as git writes a link where core.symlinks is false
+        (tmp_path / PACKAGE / "kernels").write_text("../kernels")
+    elif there == "a link":
+        (tmp_path / PACKAGE / "kernels").symlink_to("../kernels")
+    # An editable install of the checkout would lend its own kernels, so no .pth file is read.
+    paths = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    code = f"import sys; sys.path += {paths}; import {PACKAGE}"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if there == "a link":
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ImportError: flash_attention_jax/kernels must be a link to the folder")
+    assert "`git config core.symlinks true`" in said
+    assert "`pip install .`" in said
+
+
+PUBLIC_MODULES = (
+    *("cache", "compare", "data", "linen", "nnx", "rotary", "sharding", "testing", "torch"),
+    *("train", "transformer", "varlen"),
+)
+
+
+def test_every_public_module_is_an_attribute_that_is_imported_when_asked_for():
+    files = {path.stem for path in (ROOT / PACKAGE).glob("*.py") if path.stem[0] != "_"}
+    assert set(PUBLIC_MODULES) == files
+    # Where a package is absent, its module is an attribute that is missing.
+    code = (
+        f"import sys, {PACKAGE} as f\n"
+        f"for name in {PUBLIC_MODULES}:\n"
+        "    assert name in dir(f), name\n"
+        "    before = set(sys.modules)\n"
+        "    try: module = getattr(f, name)\n"
+        "    except AttributeError as error: print(name, error)\n"
+        "    else:\n"
+        f"        assert module is sys.modules[f'{PACKAGE}.{{name}}']\n"
+        "        assert f.flash_attention is sys.modules[f.__name__].flash_attention\n"
+        f"    if name == 'data': assert not set({OPTIONAL}) & set(sys.modules)\n"
+        "print('all asked for')\n"
+    )
+    done = run(code)
+    *missing, last = done.stdout.splitlines() or [""]
+    assert last == "all asked for", done.stderr
+    absent = {name for name in OPTIONAL if importlib.util.find_spec(name) is None}
+    assert {line.split()[0] for line in missing} == {
+        shell for shell, packages in SHELLS.items() if absent & set(packages)
+    }
+
+
+def test_attribute_without_its_package_is_missing_and_says_what_to_install(tmp_path):
+    done = run(
+        f"import {PACKAGE} as f\n"
+        "print(hasattr(f, 'linen'), hasattr(f, 'varlen'))\n"
+        "try: f.linen\n"
+        "except AttributeError as error: print(error)\n"
+        f"try: from {PACKAGE} import linen\n"
+        "except ImportError as error: print(error)\n"
+        "try: f.lin\n"
+        "except AttributeError as error: print(error)",
+        PYTHONPATH=fakes(tmp_path, ABSENT, "flax"),
+    )
+    advice = f"{PACKAGE}.linen needs flax: pip install 'flash-attention-jax[flax]'"
+    assert done.stdout.splitlines() == [
+        "False True",
+        advice,
+        advice,
+        f"module '{PACKAGE}' has no attribute 'lin'",
+    ], done.stderr
+
+
+def test_kernels_that_lack_a_module_say_which(monkeypatch):
+    def without(name):
+        raise ModuleNotFoundError("No module named 'absl'", name="absl")
+
+    q = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
+    _support._pallas_why_not.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_support.importlib, "import_module", without)
+            said = explain(q, q, q, platform="gpu", capability=(9, 0))
+    finally:
+        _support._pallas_why_not.cache_clear()
+    assert said.forward != "hopper"
+    assert said.reasons["hopper"] == (
+        f"Pallas for Mosaic GPU of jax {jax.__version__} needs the module absl, which is not "
+        "installed: pip install absl-py"
+    )
+
+
 @pytest.fixture(scope="module")
 def distribution() -> importlib.metadata.Distribution:
     # Not what an old build may have left in the checkout, which is on the path too.
@@ -223,7 +331,7 @@ def test_installed_version_is_ours(distribution):
 
 def test_plain_install_is_light(distribution):
     core = {need.split(">")[0] for need in distribution.requires or [] if "extra ==" not in need}
-    assert core == {"jax", "jaxlib", "jaxtyping", "numpy"}
+    assert core == {"absl-py", "jax", "jaxlib", "jaxtyping", "numpy"}
 
 
 def test_no_requirement_has_an_upper_bound(distribution):

@@ -1,5 +1,6 @@
 """Rotary embedding: against rotations written with complex numbers."""
 
+import functools
 import re
 
 import jax
@@ -156,20 +157,109 @@ def test_features_past_dim_pass_unchanged():
 def test_result_has_the_dtype_of_x_and_angles_at_least_float32(dtype):
     # Far from 0, where an angle in the dtype of a bfloat16 `x` would be off by several radians.
     x = random((1, 2, 64, 32), dtype)
-    out = apply_rotary(x, offset=5000)
+    out = apply_rotary(x, offset=10**6)
     assert out.dtype == dtype
-    expected = oracle(x, 5000 + np.arange(64)[None])
+    expected = oracle(x, 10**6 + np.arange(64)[None])
     rounding = np.abs(expected) * float(jnp.finfo(dtype).eps)
-    angle_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    angles = 4 * 5000 * float(jnp.finfo(angle_dtype).eps)
-    assert np.all(np.abs(np.asarray(out, np.float64) - expected) <= rounding + angles)
+    angles = 4e6 * 2.0**-52 if dtype == jnp.float64 else FLOAT32
+    assert np.all(np.abs(np.asarray(out, np.float64) - expected) <= rounding + angles * lengths(x))
+
+
+FAR = [1000, 10**6, 2**24 - 64, 2**30, 2**31 - 65, -(10**6)]
+FLOAT32 = 4e-7  # of a pair's length: the tables' 2e-7, and the rounding of a sum of two products
+
+
+def lengths(x):
+    """Of the pairs in halves, for each of their features."""
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    return np.tile(np.hypot(first, second), 2)
+
+
+@pytest.mark.parametrize(
+    "given", ["offset", "NumPy", "concrete", "traced offset", "traced", "offset per batch"]
+)
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize("base", [10000.0, 100.0])
+def test_float32_is_exact_at_any_position(far, given, base):
+    x = random((2, 3, 64, 32), jnp.float32)
+    steps = far + np.arange(64, dtype=np.int32)
+    rotate = functools.partial(apply_rotary, base=base)
+    out = {
+        "offset": lambda: rotate(x, offset=far),
+        "NumPy": lambda: rotate(x, positions=steps),
+        "concrete": lambda: rotate(x, positions=jnp.asarray(steps)),
+        "traced offset": lambda: jax.jit(lambda o: rotate(x, offset=o))(np.int32(far)),
+        "traced": lambda: jax.jit(lambda p: rotate(x, positions=p))(np.stack([steps, steps])),
+        "offset per batch": lambda: jax.jit(lambda o: rotate(x, offset=o))(np.full(2, far)),
+    }[given]()
+    error = np.abs(np.asarray(out, np.float64) - oracle(x, np.stack([steps] * 2), base=base))
+    # Beyond 2**24 the frequency's own rounding, in float64, begins to show.
+    assert np.all(error <= (FLOAT32 if abs(far) < 2**24 else 1e-6) * lengths(x))
+
+
+@pytest.mark.parametrize("scaling", [0.25, 1.0, 8.0])
+@pytest.mark.parametrize("offset", [0, 10**6])
+def test_fractional_positions_are_as_exact(offset, scaling, rng):
+    x = random((1, 2, 64, 32), jnp.float32)
+    steps = rng.uniform(-(10**6), 10**6, 64)
+    with jax.enable_x64(False):  # NumPy's float64 keeps its digits all the same
+        out = apply_rotary(x, positions=steps, offset=offset, scaling=scaling)
+        short = apply_rotary(x, positions=jnp.asarray(steps), offset=offset, scaling=scaling)
+    for found, where in ((out, steps), (short, steps.astype(np.float32))):
+        expected = oracle(x, offset + where.astype(np.float64)[None], scaling=scaling)
+        error = np.abs(np.asarray(found, np.float64) - expected)
+        assert np.all(error <= FLOAT32 * max(1, 1 / scaling) * lengths(x))
+
+
+def test_gradient_is_as_exact_far_from_zero():
+    x, cotangent = (random((1, 2, 64, 32), jnp.float32, seed=seed) for seed in (1, 2))
+    rotate = functools.partial(apply_rotary, offset=jnp.int32(2**24 - 64))
+    (dx,) = jax.vjp(rotate, x)[1](cotangent)
+    expected = oracle(cotangent, -(2**24 - 64 + np.arange(64)[None]))
+    error = np.abs(np.asarray(dx, np.float64) - expected)
+    assert np.all(error <= FLOAT32 * lengths(cotangent))
+
+
+def test_positions_have_gradients_far_from_zero_too():
+    x, cotangent = (random((5, 8), jnp.float32, seed=seed) for seed in (1, 2))
+    where = jnp.asarray(10**6 + np.array([0.25, 0.5, 3.0, 7.75, -2.5]), jnp.float32)
+
+    def loss(where):
+        return jnp.vdot(apply_rotary(x, positions=where), cotangent)
+
+    def right(where):  # in float64
+        return jnp.vdot(apply_rotary(x.astype(jnp.float64), positions=where), cotangent64)
+
+    cotangent64 = cotangent.astype(jnp.float64)
+    for nth in (jax.grad, lambda f: jax.grad(lambda p: jax.grad(f)(p).sum())):
+        expected = nth(right)(where.astype(jnp.float64))
+        np.testing.assert_allclose(nth(loss)(where), expected, rtol=0, atol=5e-6)
+        assert np.abs(expected).min() > 1e-3
+
+
+def test_position_that_is_nan_gives_nan_and_leaves_the_others_alone():
+    x = random((2, 4), jnp.float32)
+    for positions in (np.array([np.nan, 1.0]), jnp.array([jnp.nan, 1.0], jnp.float32)):
+        out = apply_rotary(x, positions=positions)
+        assert bool(jnp.isnan(out[0]).all())
+        np.testing.assert_array_equal(out[1], apply_rotary(x)[1])
+
+
+def test_layers_see_distances_only_far_from_zero():
+    linen = pytest.importorskip("flash_attention_jax.linen", reason="needs flax")
+    layer = linen.Attention(dim=16, heads=2, dim_head=16, causal=True, rotary=True)
+    x = random((1, 12, 16), jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    near = layer.apply(params, x)
+    far = jax.jit(lambda p: layer.apply(params, x, positions=p))(10**6 + jnp.arange(12))
+    np.testing.assert_allclose(far, near, rtol=0, atol=2e-6)
 
 
 def test_offset_and_integer_positions_add_as_integers():
     # 2**24 + 1 is no float32: added as floats, the sum would be one position, a radian, too small.
     x = random((1, 1, 1, 2), jnp.float32)
     out = apply_rotary(x, offset=2**24 + 1, positions=np.array([-1], np.int32))
-    np.testing.assert_allclose(out, oracle(x, np.array([[2**24]])), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(out, oracle(x, np.array([[2**24]])), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -335,6 +425,11 @@ BAD_CALLS = {
             "`offset` must be an integer or an integer array, got float32[2]. "
             "Fractional positions go in `positions`."
         ),
+    ),
+    "offset of 33 bits": (
+        (X, {"offset": 2**31}),
+        ValueError,
+        "`offset` must fit into 32 bits, got 2147483648. Count from a later token.",
     ),
     "offset per head": (
         (X, {"offset": np.ones(3, np.int32)}),

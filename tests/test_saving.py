@@ -1,8 +1,11 @@
 """Checkpoints: a run that is stopped, however, resumes with the same losses; damage is named."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -10,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -138,6 +142,106 @@ def test_checkpoint_has_its_name_only_when_its_files_are_on_the_disk(tmp_path, m
     whole = _saving.save(tmp_path, 1, state_of(1), CONFIG)
     assert (whole / "state").is_dir()
     assert unsynced == []
+
+
+def test_checkpoint_is_saved_as_windows_has_it(tmp_path, monkeypatch):
+    """There `fsync` refuses what was opened for reading alone, and no folder can be opened."""
+    fsync, open_, synced = os.fsync, os.open, []
+
+    def fsync_there(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def open_there(path, flags, *more, **options):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_(path, flags, *more, **options)
+
+    monkeypatch.setattr(_saving.os, "fsync", fsync_there)
+    monkeypatch.setattr(_saving.os, "open", open_there)
+    path = _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    files = [p.stat().st_ino for p in path.rglob("*") if p.is_file()]
+    assert sorted(synced) == sorted(files)
+    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
+
+
+def test_folder_that_cannot_be_synced_is_no_obstacle_and_a_file_is(tmp_path, monkeypatch):
+    fsync, refused = os.fsync, [os.path.isdir]
+
+    def refusing(descriptor):
+        if refused[0](f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(_saving.os, "fsync", refusing)
+    _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
+    refused[0] = os.path.isfile
+    with pytest.raises(OSError, match="Invalid argument"):
+        _saving.save(tmp_path, 2, state_of(2), CONFIG)
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_by_tensorstore(*args, **kwargs):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code]")
+
+
+def quota(*args, **kwargs):
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+NO_ROOM = {
+    "before orbax": ("os.posix_fallocate", full, "No space left on device"),
+    "quota": ("os.posix_fallocate", quota, "Disk quota exceeded"),
+    "in orbax": ("ocp.Checkpointer.save", full_by_tensorstore, "No space left on device"),
+    "manifest": ("Path.write_text", full, "No space left on device"),
+    "sync": ("os.fsync", full, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ROOM)
+def test_full_disk_is_one_line_and_keeps_what_was_saved(case, tmp_path, monkeypatch):
+    where, raising, text = NO_ROOM[case]
+    folder = tmp_path / "checkpoints"
+    said = f"`--out` must have room for what the run writes, got {tmp_path}: {text}. Free some, or "
+    for step, advice in ((1, "choose another."), (2, "go on from step 1 with --resume.")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"flash_attention_jax._saving.{where}", raising)
+            with pytest.raises(InputError) as caught, _saving.writing(tmp_path):
+                _saving.save(folder, step, state_of(step), CONFIG)
+        assert str(caught.value) == said + advice
+        assert list(folder.glob(".*")) == []  # the part that was written takes no room
+        with _saving.writing(tmp_path):
+            _saving.save(folder, step, state_of(step), CONFIG)
+    assert same(_saving.restore(folder, state_of(0), CONFIG), state_of(2))
+
+
+def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), _saving.writing(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_room_is_asked_for_before_orbax_starts(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_saving.os, "posix_fallocate", lambda fd, start, size: asked.append(size))
+    _saving.save(tmp_path, 1, state_of(1, size=10**6), CONFIG)
+    assert 6e6 < asked[0] < 6.5e6
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < asked[0]
+    assert "room" not in {p.name for p in files}
+    monkeypatch.delattr(_saving.os, "posix_fallocate")  # as on macOS and Windows
+    usage = types.SimpleNamespace(free=10**6)
+    monkeypatch.setattr(_saving.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="No space left on device"):
+        _saving.save(tmp_path, 2, state_of(2, size=10**6), CONFIG)
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -307,6 +411,99 @@ def test_command_refuses_a_damaged_checkpoint(text_file, tmp_path, capsys):
     assert error.startswith("error: `--resume` must find a whole checkpoint, got ")
     assert error.count("\n") == 1
     assert (tmp_path / "log.csv").read_bytes() == log
+
+
+def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, monkeypatch, capsys):
+    argv = options(text_file, tmp_path / "run", "--save-every", "2")
+    calls = []
+
+    def full_later(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_saving.os, "posix_fallocate", full_later)
+        assert train.train_main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith("train: step ")] == [
+        f"error: `--out` must have room for what the run writes, got {tmp_path}/run: "
+        "No space left on device. Free some, or go on from step 4 with --resume."
+    ]
+    assert train.train_main([*argv, "--resume"]) == 0
+    assert train.train_main(options(text_file, tmp_path / "whole")) == 0
+    np.testing.assert_array_equal(curve(tmp_path / "run"), curve(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("where", ["_curves.os.fsync", "_curves.draw", "train.replacing"])
+def test_log_picture_and_summary_on_a_full_disk_are_one_line(
+    where, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(f"flash_attention_jax.{where}", full)
+    assert train.train_main(options(text_file, tmp_path)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: `--out` must have room for what the run writes, got {tmp_path}")
+
+
+# --- one run in a folder ------------------------------------------------------------------------
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flash_attention_jax import _saving
+with _saving.writing(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_second_run_in_a_folder_is_refused_until_the_first_ends_however(
+    text_file, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    argv = options(text_file, out)
+    assert train.train_main(argv) == 0
+    before = sorted(out.rglob("*"))
+    command = [sys.executable, "-c", HOLD, str(out)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout.readline() == "held\n"
+        capsys.readouterr()
+        for more in ([], ["--resume"]):
+            assert train.train_main([*argv, *more]) == 2
+            printed = capsys.readouterr()
+            assert printed.err == (
+                f"error: `--out` must be a folder into which no other run writes, got {out}, into "
+                f"which process {first.pid} on {platform.node()} does. "
+                "Wait for it to end, or choose another.\n"
+            )
+            assert printed.out == ""
+        assert sorted(out.rglob("*")) == before  # nothing was moved away
+        first.kill()
+        first.wait()
+    assert (out / ".lock").read_text() == f"process {first.pid} on {platform.node()}"
+    assert train.train_main([*argv, "--resume"]) == 0
+
+
+def test_loop_alone_is_refused_too(text_file, tmp_path):
+    text = train.load_text(text_file, cache=tmp_path, seq_len=16)
+    parser = train._parser("train", steps=6, out="")
+    config = train._config(parser.parse_args(options(text_file, tmp_path)), text)
+    with _saving.writing(tmp_path):
+        with pytest.raises(InputError, match="into which no other run writes"):
+            train.fit(config, text, tmp_path)
+        train.fit(config, text, tmp_path / "elsewhere")
+    train.fit(config, text, tmp_path)
+
+
+def test_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def without(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with _saving.writing(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):

@@ -1,12 +1,20 @@
 """Training, its log and its texts, by way of the commands where it can be."""
 
+import bz2
 import dataclasses
+import errno
 import gzip
 import importlib
 import importlib.util
+import io
 import json
+import lzma
 import re
 import sys
+import tarfile
+import types
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -16,7 +24,7 @@ import optax
 import pytest
 
 from flash_attention_jax import _curves, _loop, data, train
-from flash_attention_jax.data import byte_entropy, load_text
+from flash_attention_jax.data import InputError, byte_entropy, load_text
 from flash_attention_jax.transformer import CausalTransformer, generate
 
 PATTERN = b"the quick brown fox jumps over the lazy dog; "
@@ -267,6 +275,41 @@ def test_progress_shows_the_speed_without_the_first_step(capsys):
     assert "256 tokens/s, 7.000 bits/byte" in capsys.readouterr().err
 
 
+def test_progress_in_a_pipe_is_whole_lines(capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}), steps=25)
+    for done, shown in ((0, True), (22, True), (0, False)):
+        with _loop._progress(config, done, "train", shown=shown) as progress:
+            for _ in range(done, 25):
+                progress({"bits_per_byte": np.float32(8.0)}, 0.5)
+        said = capsys.readouterr().err
+        steps = [n for n in (3, 6, 9, 12, 15, 18, 21, 24, 25) if n > done and shown]
+        assert said == "".join(
+            f"train: step {n} of 25, 128 tokens/s, 8.000 bits/byte\n" for n in steps
+        )
+
+
+def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}), steps=10_000)
+    now = [0.0]
+    monkeypatch.setattr(_loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with _loop._progress(config, 0, "train", shown=True) as progress:
+        for _ in range(8):
+            now[0] += 25.0
+            progress({"bits_per_byte": np.float32(8.0)}, 25.0)
+    steps = re.findall(r"^train: step (\d+) of 10000, ", capsys.readouterr().err, re.MULTILINE)
+    assert steps == ["3", "6"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    config = config_of(type("T", (), {"fingerprint": ""}))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with _loop._progress(config, 0, "train", shown=True) as progress:
+        progress({"bits_per_byte": np.float32(8.0)}, 0.5)
+    said = capsys.readouterr().err
+    assert re.search(r"\rtrain: +17%.*1/6 .*128 tokens/s, 8.000 bits/byte\]", said)
+    assert "step 1 of 6" not in said
+
+
 BAD_INPUT = {
     "missing": (
         ["--data", "nowhere.txt"],
@@ -294,8 +337,7 @@ BAD_INPUT = {
     ),
     "zip": (
         ["--data", "text.zip"],
-        "`--data` must be a text, a .gz file or a folder, got the zip archive text.zip. "
-        "Unzip it first.",
+        "`--data` must be a whole .zip file, got text.zip: File is not a zip file. Fetch it again.",
     ),
     "folder without text": (
         ["--data", "folder"],
@@ -393,10 +435,152 @@ def test_gz_is_unpacked_once(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = load_text(path, cache=cache, seq_len=16)
     assert (first.train.tobytes() + first.valid.tobytes()) == PATTERN * 100
-    monkeypatch.setattr(data.gzip, "open", None)
+    monkeypatch.setattr(gzip, "open", None)
     again = load_text(path, cache=cache, seq_len=16)
     assert again.fingerprint == first.fingerprint
     assert len(list(cache.iterdir())) == 1
+
+
+def zipped(*names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir("folder")
+        for name in names:
+            archive.writestr(f"folder/{name}", PATTERN * 100)
+    return buffer.getvalue()
+
+
+def tarred(mode):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        info = tarfile.TarInfo("text.txt")
+        info.size = len(PATTERN) * 100
+        archive.addfile(info, io.BytesIO(PATTERN * 100))
+    return buffer.getvalue()
+
+
+READ = {
+    "gz": gzip.compress(PATTERN * 100),
+    "bz2": bz2.compress(PATTERN * 100),
+    "xz": lzma.compress(PATTERN * 100),
+    "lzma": lzma.compress(PATTERN * 100, lzma.FORMAT_ALONE),
+    "zip": zipped("text.txt"),
+}
+
+
+@pytest.mark.parametrize("name", ["as it should be", "text.txt"])
+@pytest.mark.parametrize("kind", READ)
+def test_compressed_text_is_read_whatever_its_name(kind, name, tmp_path):
+    path = tmp_path / name.replace("as it should be", f"text.{kind}")
+    path.write_bytes(READ[kind])
+    text = load_text(path, cache=tmp_path / "cache", seq_len=16)
+    assert text.train.tobytes() + text.valid.tobytes() == PATTERN * 100
+    assert text.source == str(path)
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_damaged_compressed_text_is_refused(kind, tmp_path):
+    path = tmp_path / f"text.{kind}"
+    for content in (
+        READ[kind][:-30],
+        READ[kind][:40] + bytes(20) + READ[kind][60:],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"^`--data` must be a whole \.{kind} file, got .*: "):
+            load_text(path, cache=tmp_path / "cache", seq_len=16)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+NOT_READ = {
+    "zstd": b"\x28\xb5\x2f\xfd\x24",
+    "lz4": b"\x04\x22\x4d\x18\x64",
+    "7z": b"7z\xbc\xaf\x27\x1c\0\4",
+    "rar": b"Rar!\x1a\x07\x01\0",
+    "compress (.Z)": b"\x1f\x9d\x90",
+    "lzip": b"LZIP\x01",
+    "lzop": b"\x89LZO\0\r\n",
+    "snappy": b"\xff\x06\0\0sNaPpY",
+    "cab": b"MSCF\0\0\0\0",
+    "Parquet": b"PAR1\x15\x04",
+    "PDF": b"%PDF-1.7",
+    "zlib": zlib.compress(PATTERN * 100),
+    "tar": tarred("w"),
+    "tar inside gz": tarred("w:gz"),
+    "tar inside xz": tarred("w:xz"),
+    "gz inside gz": gzip.compress(gzip.compress(PATTERN * 100)),
+    "a zip of 2 files": zipped("a.txt", "b.txt"),
+    "a zip of 0 files": zipped(),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_READ, "brotli"])
+def test_other_compressed_files_are_never_trained_on(kind, tmp_path):
+    path = tmp_path / ("text.br" if kind == "brotli" else "text.txt")
+    content = NOT_READ.get(kind, b"\x1b\x2c")
+    path.write_bytes(content if len(content) > 20 else content + b"\x80 no zeros here" * 10)
+    message = (
+        "`--data` must be a text, one compressed as .gz, .bz2 or .xz, a .zip of one file, or a "
+        f"folder, got {path}, which is {kind}. Unpack it first."
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        load_text(path, cache=tmp_path / "cache", seq_len=16)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_compressed_files_in_a_folder_are_no_texts(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(PATTERN * 10)
+    for kind, content in {**READ, **NOT_READ}.items():
+        (folder / kind).write_bytes(content)
+    # Without a zero in them, by which others are told from texts.
+    whole = (
+        b"BZh91AY&SY no zeros",
+        b"x\x9c+\xc9WHJU\xc8/R\xc8\xcb/)\x19e\x8f\xb2G\xd9D\xb3\x01\x03.$<",
+    )
+    heads = [NOT_READ[kind] for kind in ("zstd", "lz4", "compress (.Z)", "lzip", "Parquet", "PDF")]
+    for number, content in enumerate((*whole, *(head + b" no zeros" for head in heads))):
+        assert b"\0" not in content
+        (folder / f"{number}.txt").write_bytes(content)
+    text = load_text(folder, cache=tmp_path / "cache", seq_len=16)
+    assert text.source == f"1 files in {folder}"
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    ["BZh is no bzip2", "x^2 + y^2 = 1, ", "LZIP and PAR1: ", "PK, MSCF, 7z, Rar!", "]"],
+)
+def test_text_that_begins_like_a_compressed_file_is_one(beginning, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(beginning.encode() + PATTERN * 10)
+    text = load_text(path, cache=tmp_path, seq_len=16)
+    assert text.train[: len(beginning)].tobytes() == beginning.encode()
+
+
+def test_python_without_a_decoder_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "text.bz2"
+    path.write_bytes(READ["bz2"])
+    monkeypatch.setitem(sys.modules, "bz2", None)
+    with pytest.raises(InputError, match=r"which is bz2, and this Python cannot read it \("):
+        load_text(path, cache=tmp_path, seq_len=16)
+
+
+def test_no_room_for_the_flat_copy_is_no_fault_of_the_data(tmp_path, monkeypatch):
+    path = tmp_path / "text.gz"
+    path.write_bytes(READ["gz"])
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.shutil, "copyfileobj", full)
+    message = (
+        f"`--out` must have room for what the run writes, got {tmp_path}/cache: "
+        "No space left on device. Free some, or choose another."
+    )
+    for source in (path, tmp_path):
+        (tmp_path / "plain.txt").write_bytes(PATTERN * 10)
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            load_text(source, cache=tmp_path / "cache", seq_len=16)
 
 
 def test_folder_is_its_texts_in_the_order_of_their_paths(tmp_path):
