@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import attention, flash_attention, merge_attention
+from flash_attention_jax import (
+    attention,
+    dot_product_attention,
+    flash_attention,
+    flash_cosine_sim_attention,
+    memory_efficient_attention,
+    merge_attention,
+)
+from flash_attention_jax._attention_fn import attention_fn
 from flash_attention_jax._claims import equations
 from flash_attention_jax._results import lse_of
 
@@ -119,6 +127,37 @@ def test_float64_gradients_of_float32_terms_are_rounded_once(implementation):
         for name, x in want.items():
             assert found[name].dtype == np.float32
             np.testing.assert_array_equal(found[name], x.astype(np.float32), err_msg=name)
+
+
+def _heads_last(function):
+    def run(q, k, v, bias):
+        return function(q[:, None], k[:, None], v[:, None], bias)[:, 0]
+
+    return run
+
+
+FUNCTIONS = {
+    "flash_attention": lambda q, k, v, bias: flash_attention(q, k, v, bias=bias),
+    "dot_product_attention": _heads_last(dot_product_attention),
+    "attention_fn": lambda q, k, v, bias: attention_fn(
+        q[None, :, None], k[None, :, None], v[None, :, None], bias
+    )[0, :, 0],
+    "memory_efficient_attention": lambda q, k, v, bias: memory_efficient_attention(
+        q, k, v, bias=bias
+    ),
+    "flash_cosine_sim_attention": lambda q, k, v, bias: flash_cosine_sim_attention(
+        q, k, v, attn_bias=bias
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("offset", [-1e9, -1e10, float(np.finfo(np.float32).min), 1e9])
+def test_keys_of_a_row_with_an_offset_share_its_gradient(name, offset):
+    q, k, v = jnp.zeros((2, 4)), jnp.zeros((11, 4)), normal(11, 4)
+    bias = jnp.full((2, 11), offset)
+    dv = jax.grad(lambda v: FUNCTIONS[name](q, k, v, bias).sum())(v)
+    np.testing.assert_allclose(dv, np.full((11, 4), 2 / 11), rtol=1e-6)
 
 
 # --- merging ---
