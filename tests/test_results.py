@@ -154,8 +154,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("offset", [-1e9, -1e10, float(np.finfo(np.float32).min), 1e9])
 def test_keys_of_a_row_with_an_offset_share_its_gradient(name, offset):
-    q, k, v = jnp.zeros((2, 4)), jnp.zeros((11, 4)), normal(11, 4)
-    bias = jnp.full((2, 11), offset)
+    q, k, v = normal(2, 4) * 0, normal(11, 4) * 0, normal(11, 4)
+    bias = jnp.full((2, 11), offset, jnp.float32)
     dv = jax.grad(lambda v: FUNCTIONS[name](q, k, v, bias).sum())(v)
     np.testing.assert_allclose(dv, np.full((11, 4), 2 / 11), rtol=1e-6)
 
