@@ -143,7 +143,7 @@ FUNCTIONS = {
         q[None, :, None], k[None, :, None], v[None, :, None], bias
     )[0, :, 0],
     "memory_efficient_attention": lambda q, k, v, bias: memory_efficient_attention(
-        q, k, v, bias=bias
+        q, k, v, attn_bias=bias
     ),
     "flash_cosine_sim_attention": lambda q, k, v, bias: flash_cosine_sim_attention(
         q, k, v, attn_bias=bias
