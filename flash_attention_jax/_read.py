@@ -550,17 +550,7 @@ class _Reader:
             )
         if key is None:
             return None
-        _check.array("dropout_key", key, "Pass jax.random.key(seed).")
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        raw = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
-        if not (typed and key.shape == ()) and not raw:
-            _check.fail(
-                "dropout_key",
-                "be one JAX random key",
-                _check.shown(key),
-                "Pass jax.random.key(seed).",
-                TypeError,
-            )
+        _check.random_key("dropout_key", key)
         return key, (2,), "uint32"
 
     def block(self, name: str) -> int | None:

@@ -162,8 +162,10 @@ class CausalTransformer(_Generates, nn.Module):
             Logits of the token after each, (batch, length, num_tokens), float32.
 
         Raises:
-            ValueError: `decode` without a cache.
+            ValueError: `decode` without a cache, or a token that is none of `num_tokens` where its
+                value is known.
         """
+        _check.tokens("tokens", tokens, self.num_tokens)
         norm = functools.partial(nn.RMSNorm, dtype=jnp.float32, param_dtype=jnp.float32)
 
         def attend(x: Array, layer: int) -> Array:
@@ -275,8 +277,10 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
             Logits of the token after each, (batch, length, num_tokens), float32.
 
         Raises:
-            ValueError: more tokens than positions, or `decode` without a cache.
+            ValueError: more tokens than positions, `decode` without a cache, or a token that is
+                none of `num_tokens` where its value is known.
         """
+        _check.tokens("tokens", tokens, self.num_tokens)
         if tokens.shape[1] > self.max_seq_len:
             requirement = f"have at most max_seq_len={self.max_seq_len} tokens in a sequence"
             advice = "Cut them, or build a model with more positions."
@@ -461,7 +465,8 @@ def generate(
         temperature: below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest.
         top_k: draw among the `top_k` likeliest tokens. `None` means among all.
         top_p: draw among the fewest likeliest tokens whose probabilities reach `top_p` together,
-            in (0, 1]. `None` means among all.
+            in (0, 1]. `None` means among all. Of equally likely tokens the first ranks higher, here
+            and for `top_k`.
         stop_token: the token that ends a sequence; what follows it in the result is `stop_token`
             again. `None` means that none does.
 
@@ -470,7 +475,9 @@ def generate(
 
     Raises:
         TypeError: a number is of the wrong type.
-        ValueError: an argument is out of the range said above.
+        ValueError: an argument is out of the range said above; a token of the prompt is not one of
+            the model's `num_tokens`; the model's logits hold NaN. The last two are seen outside
+            `jax.jit` only.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -486,15 +493,24 @@ def generate(
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751,
         section 3.1 (top_p).
     """
-    if prompt.ndim != 2 or not prompt.shape[1]:
+    _check.array("prompt", prompt, "Pass jnp.asarray([tokens]), one row for each sequence.")
+    _check.integer("prompt", prompt)
+    if len(prompt.shape) != 2 or not prompt.shape[1]:
         raise ValueError(
-            f"`prompt` must have shape (batch, n) with n at least 1, got {prompt.shape}. "
+            f"`prompt` must have shape (batch, n) with n at least 1, got {tuple(prompt.shape)}. "
             "Start from one token at least."
         )
+    number = getattr(model, "num_tokens", None)
+    if number is not None:
+        _check.tokens("prompt", prompt, number)
+    _check.random_key("key", key)
     for name, value, least in (("length", length, 1), ("window", window, 1), ("top_k", top_k, 1)):
         if value is not None:
             _check.whole(name, value, least=least, advice="Pass more.")
-    if not temperature >= 0.0:
+    if not isinstance(temperature, (jax.Array, np.ndarray)):
+        _check.number("temperature", temperature)
+    known = _check.concrete(jnp.asarray(temperature))
+    if known is not None and not known >= 0.0:
         raise ValueError(f"`temperature` must not be negative, got {temperature}. Pass 0 or more.")
     if top_p is not None and not 0.0 < _check.number("top_p", top_p) <= 1.0:
         _check.fail("top_p", "be in (0, 1]", str(top_p), "None draws among all tokens.")
@@ -503,7 +519,7 @@ def generate(
     whole = prompt.shape[1] + length
     room = getattr(model, "max_seq_len", None)
     bounds = [size for size in (window, room) if size is not None and size < whole]
-    return _generate(
+    tokens, broken = _generate(
         model,
         top_k,
         min(bounds, default=None if hasattr(model, "init_cache") else whole),
@@ -514,6 +530,11 @@ def generate(
         None if top_p is None else jnp.float32(top_p),
         None if stop_token is None else jnp.int32(stop_token),
     )
+    step = _check.concrete(broken)
+    if step is not None and step < length:
+        advice = "Look at its parameters: a token cannot be drawn from NaN."
+        _check.fail("model", "give logits", f"NaN for token {int(step)} after the prompt", advice)
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -527,8 +548,12 @@ def _generate(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""] | None,
     stop: Int[Array, ""] | None,
-) -> Int[Array, "batch length"]:
-    """The loop of `generate`; a `width` is how many tokens to reread, None = use a cache."""
+) -> tuple[Int[Array, "batch length"], Int[Array, ""]]:
+    """The loop of `generate`; a `width` is how many tokens to reread, None = use a cache.
+
+    Returns:
+        The tokens, and the first step at which logits held NaN, `length` where none did.
+    """
     batch, length = prompt.shape[0], keys.size
     if width is None:
         state, read = _cached_reader(model, params, prompt, length)
@@ -537,20 +562,23 @@ def _generate(
     filler = jnp.zeros((), jnp.int32) if stop is None else stop
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, _, _, _, done = carry
-        return (step < length) & ~done.all()
+        step, _, _, _, done, broken = carry
+        return (step < jnp.minimum(length, broken)) & ~done.all()
 
     def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, state, last, tokens, done = carry
+        step, state, last, tokens, done, broken = carry
         logits, state = read(state, last)
+        broken = jnp.where(jnp.isnan(logits).any(), step, broken)
         token = jnp.where(done, filler, _draw(logits, keys[step], temperature, top_k, top_p))
         done = done if stop is None else done | (token == stop)
-        return step + 1, state, token, tokens.at[:, step].set(token), done
+        return step + 1, state, token, tokens.at[:, step].set(token), done, broken
 
     tokens = jnp.full((batch, length), filler)
     done = jnp.zeros((batch,), bool)
-    carry = (jnp.zeros((), jnp.int32), state, prompt[:, -1], tokens, done)
-    return jax.lax.while_loop(unfinished, draw, carry)[3]
+    never = jnp.asarray(length, jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), state, prompt[:, -1], tokens, done, never)
+    *_, tokens, _, broken = jax.lax.while_loop(unfinished, draw, carry)
+    return tokens, broken
 
 
 Read = Callable[[Any, Array], tuple[Array, Any]]
@@ -596,20 +624,22 @@ def _draw(
 ) -> Int[Array, " batch"]:
     """One token for each row of logits."""
     logits = logits.astype(jnp.float32)
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = _at_least(logits, jax.lax.top_k(logits, top_k)[0][:, -1:])
     likeliest = jnp.argmax(logits, -1)
     logits = logits / jnp.maximum(temperature, 1e-6)
-    if top_p is not None:
-        falling = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(falling, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # the mass of the likelier ones
-        least = jnp.where(before < top_p, falling, jnp.inf).min(axis=-1, keepdims=True)
-        logits = _at_least(logits, least)
-    drawn = jax.random.categorical(key, logits)
+    if top_k is None and top_p is None:
+        drawn = jax.random.categorical(key, logits)
+    else:
+        # Cut by rank and not by value: of equal logits no more than asked for remain.
+        ranked = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+        falling = jnp.take_along_axis(logits, ranked, axis=-1)
+        if top_k is not None and top_k < logits.shape[-1]:
+            falling = falling.at[:, top_k:].set(-jnp.inf)
+        if top_p is not None:
+            probs = jax.nn.softmax(falling, axis=-1)
+            before = jnp.cumsum(probs, axis=-1) - probs  # the mass of the likelier ones
+            # Up to rounding: .5 and .3 reach .8.
+            reached = before >= top_p * (1 - 8 * jnp.finfo(jnp.float32).eps)
+            falling = jnp.where(reached.at[:, 0].set(False), -jnp.inf, falling)
+        rank = jax.random.categorical(key, falling)
+        drawn = jnp.take_along_axis(ranked, rank[:, None], axis=-1)[:, 0]
     return jnp.where(temperature > 0, drawn, likeliest).astype(jnp.int32)
-
-
-def _at_least(logits: Array, least: Array) -> Array:
-    """The logits below `least` become impossible."""
-    return jnp.where(logits < least, -jnp.inf, logits)
