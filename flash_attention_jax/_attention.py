@@ -39,9 +39,9 @@ def flash_attention(
         k: Keys of the same rank and dtype, or (b, j, d) beside four axes for a single head; (b, hk,
             j, d) with h a multiple of hk (query head m reads key head m // (h // hk)).
         v: Values, as k, with a dimension e of their own.
-        mask: Boolean, or integer where nonzero = may attend. Two axes are (b, j); three or four
-            broadcast to (b, h, n, j). Beside (bh, n, d): (bh, j) or (bh, n, j). Beside (n, d): (j,)
-            or (n, j).
+        mask: Boolean, or integers of 1 = may attend and 0 (other values are refused where they can
+            be seen). Two axes are (b, j); three or four broadcast to (b, h, n, j). Beside (bh, n,
+            d): (bh, j) or (bh, n, j). Beside (n, d): (j,) or (n, j).
         **options: Keyword-only, all optional:
 
             * bias: float, added to the logits; broadcasts to (b, h, n, j), (bh, n, j) or (n, j).
@@ -84,6 +84,8 @@ def flash_attention(
         ValueError: A value or shape that is never valid.
         TypeError: A dtype or type that is never valid, or an unknown option.
         NotImplementedError: The implementation asked for by name cannot run this call.
+        TypeError: By JAX itself under `jax.jvp`, `jax.jacfwd` and `jax.hessian`, "can't apply
+            forward-mode autodiff (jvp) to a custom_vjp function.": pass differentiation="any".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,7 +169,7 @@ def dot_product_attention(
         key: (B, S, K, H) or (S, K, H); N is a multiple of K.
         value: As key, with a dimension of its own.
         bias: Float, broadcasts to (B, N, T, S).
-        mask: Boolean, or integer where nonzero = may attend; broadcasts to (B, N, T, S).
+        mask: Boolean, or integers of 1 = may attend and 0; broadcasts to (B, N, T, S).
         scale: Number, or array () or (N,); None = 1 / sqrt(H), or 10 for cosine similarity.
         is_causal: Query i sees keys up to i.
         query_seq_lengths: (B,) integers.
@@ -202,6 +204,8 @@ def dot_product_attention(
         ValueError: A value or shape that is never valid.
         TypeError: A dtype or type that is never valid.
         NotImplementedError: The implementation asked for by name cannot run this call.
+        TypeError: By JAX itself under `jax.jvp`, `jax.jacfwd` and `jax.hessian`, "can't apply
+            forward-mode autodiff (jvp) to a custom_vjp function.": pass differentiation="any".
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -89,6 +89,7 @@ def attention_fn(
         >>> attention_fn(q, k, v, mask=mask, dtype=jnp.bfloat16).dtype.name
         'bfloat16'
     """
+    _check.rate("dropout_rate", dropout_rate)
     if module is not None:
         raise NotImplementedError(
             "`sow_weights` must be False with this attention_fn, got True. The weights never exist "

@@ -21,6 +21,8 @@ from jax.core import Tracer
 FARTHEST = 2**30
 """The largest offset or window: sums of two of them are still int32."""
 
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 PRECISIONS = (
     "default",
@@ -54,6 +56,11 @@ def array(name: str, x: Any, advice: str = "Wrap it in jnp.asarray.") -> None:
     known = isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
     if not (known or hasattr(x, "__jax_array__")):
         fail(name, "be an array", type(x).__name__, advice, TypeError)
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+        advice = (
+            "It was donated to a jitted function or deleted: pass what that returned, or a copy."
+        )
+        fail(name, "hold values", f"{shown(x)}, which is deleted", advice)
 
 
 def dtype_name(x: Any) -> str:
@@ -102,11 +109,21 @@ def integer(name: str, x: Any) -> None:
 
 
 def boolean_or_integer(name: str, x: Any, additive: str) -> None:
-    """A mask: boolean, or an integer where nonzero = may attend."""
+    """A mask: boolean, or an integer of 1 = may attend and 0, as far as its values can be seen."""
     array(name, x)
-    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer)):
+    if x.dtype == bool:
+        return
+    values = concrete(x)
+    marks = values is not None and np.isin(values, (0, 1)).all()
+    if not jnp.issubdtype(x.dtype, jnp.integer):
         advice = f"Pass an additive mask as `{additive}`."
-        fail(name, "be boolean or integer (nonzero = may attend)", str(x.dtype), advice, TypeError)
+        if marks:
+            advice = f"Pass {name} != 0 if 1 means may attend; an additive mask is `{additive}`."
+        fail(name, "be boolean or integer (1 = may attend)", str(x.dtype), advice, TypeError)
+    if values is not None and not marks:
+        odd = values[~np.isin(values, (0, 1))].flat[0]
+        advice = f"Pass {name} != 0, or ids as `q_segment_ids` and `kv_segment_ids`."
+        fail(name, "hold 0 and 1 where it is of integers", str(odd), advice)
 
 
 def rank(name: str, x: Any, ranks: Sequence[int], meaning: str, beside: str = "") -> None:
@@ -140,7 +157,7 @@ def shape_is(
 
 
 def number(name: str, x: Any, *, positive: bool = False) -> float:
-    """A finite Python or NumPy number."""
+    """A finite Python or NumPy number that float32 can hold: 0, or one of its normal numbers."""
     if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
         fail(
             name,
@@ -153,6 +170,9 @@ def number(name: str, x: Any, *, positive: bool = False) -> float:
         fail(name, "be finite", repr(float(x)), "Look for where it was computed.")
     if positive and x <= 0:
         fail(name, "be positive", repr(x), "Use None for none.")
+    if x and not _LEAST <= abs(x) <= _MOST:
+        requirement = f"be within float32, 0 or from {_LEAST:.4g} to {_MOST:.4g} in magnitude"
+        fail(name, requirement, repr(x), "Logits are computed in it.")
     return float(x)
 
 

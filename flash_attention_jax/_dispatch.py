@@ -82,6 +82,12 @@ def engine(name: str) -> Attend:
     return next(entry.attend for entry in TABLE if entry.name == name and entry.attend)
 
 
+NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function."
+"""What JAX says, and nobody can catch, where forward mode meets a rule of reverse mode alone."""
+
+FORWARD_MODE = ("checkpointed", "dense")
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What would run a call, and why nothing else would.
@@ -107,6 +113,8 @@ class Explanation:
             f"backward: {self.backward}",
             f"platform: {self.platform}",
         ]
+        if self.forward not in FORWARD_MODE:
+            lines.append(f"jvp:      JAX {NO_FORWARD_MODE!r}; pass differentiation='any'")
         width = max(map(len, self.reasons))
         return "\n".join(
             lines + [f"not {name:<{width}}  {reason}" for name, reason in self.reasons.items()]

@@ -35,12 +35,21 @@ FOREIGN = {
     "logits_soft_cap": "softcap",
     "query_seq_lengths": "q_lengths",
     "return_residual": "return_lse",
-    "segment_ids": "q_segment_ids",
     "sm_scale": "scale",
     "softmax_scale": "scale",
     "window_size": "window",
 }
 """What other libraries call the options: an error suggests what the option is called here."""
+
+
+HINTS = {
+    "block_mask": "Pass `mask`, `causal`, `window`, lengths or segment ids; blocks follow.",
+    "key_padding_mask": "Pass ~key_padding_mask as `mask`: True = may attend, where torch hides.",
+    "mask_mod": "Pass `mask`, `causal`, `window`, lengths or segment ids.",
+    "score_mod": "Pass what it adds as `bias`, `alibi_slopes` or `relative_bias`; `softcap`.",
+    "segment_ids": "Pass `q_segment_ids` and `kv_segment_ids`, for self-attention the same twice.",
+}
+"""What to do instead of an option of other libraries that none here stands for alone."""
 
 
 COSINE = ("similarity", "groups", "l2norm_qk")
@@ -55,7 +64,9 @@ def check_names(function: str, options: dict[str, Any], names: dict[str, str]) -
             continue
         meant = FOREIGN.get(name, name)
         close = difflib.get_close_matches(own.get(meant, meant), [*own.values(), "mask"], 1)
-        if close:
+        if name in HINTS:
+            hint = HINTS[name]
+        elif close:
             hint = f"Did you mean `{close[0]}`?"
         elif name in COSINE:
             hint = "`flash_cosine_sim_attention` is by cosine similarity."

@@ -75,8 +75,9 @@ def delta_of(results: Results, dout: jax.Array, dlse: jax.Array) -> jax.Array:
     """
     dtype = results.lse.dtype
     out, dout = results.out.astype(dtype), dout.astype(dtype)
-    dout = jnp.where((out == 0) & ~jnp.isfinite(dout), jnp.zeros((), dtype), dout)
-    delta = (out * dout).sum(axis=-1) - dlse
+    products = (out * dout).sum(axis=-1)
+    stays = ~jnp.isfinite(products) & (out == 0).all(axis=-1)
+    delta = jnp.where(stays, jnp.zeros((), dtype), products) - dlse
     return jnp.where(results.lse == -jnp.inf, jnp.zeros((), dtype), delta)
 
 

@@ -43,6 +43,9 @@ from flash_attention_jax.kernels.hopper_tile import WGMMA, Grid, tiled
 from flash_attention_jax.kernels.join import Sums
 from flash_attention_jax.kernels.operands import Operands, bounded, plan
 
+LOWEST = float(np.finfo(np.float32).min)
+"""Where the running maximum starts; a row that sees no key is known by its sum of 0."""
+
 
 class Buffers(NamedTuple):
     """Shared memory and barriers of one program; the ring has a slot per stage."""
@@ -173,9 +176,7 @@ def _attend(
         first = route.block(n) * tiles.inner
         at = b, h, start, first
         x, _, j = tile.logits2(call, grid, refs, at, terms, queries, s, masked=masked)
-        # A bias hides keys too, by -inf, and no mask says where.
-        hides = masked or "bias" in refs
-        p, carry = _accumulate(grid, x, carry, running=running, hides=hides)
+        p, carry = _accumulate(grid, x, carry, running=running)
         if call.dropout_rate:
             p = jnp.where(tile.kept(call, grid, queries, j), p, np.float32(0))
         m, l, acc = carry
@@ -187,7 +188,7 @@ def _attend(
         return m, l, acc
 
     by_row = functools.partial(plgpu.layout_cast, new_layout=WGMMA.reduce(1))
-    m = by_row(jnp.full((ROWS,), -np.inf if running else 0.0, jnp.float32))
+    m = by_row(jnp.full((ROWS,), LOWEST if running else 0.0, jnp.float32))
     l = by_row(jnp.zeros((ROWS,), jnp.float32))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, padded(call.v_dim)), jnp.float32), WGMMA)
     pl.when(warpgroup == 1)(take_turn)
@@ -207,17 +208,17 @@ def _turns(barrier: Any) -> Any:
     return take
 
 
-def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool, hides: bool) -> Any:
+def _accumulate(grid: Grid, x: Any, carry: Any, *, running: bool) -> Any:
     """Probabilities of a tile before they are normalised, and the sums with them."""
     m, l, acc = carry
     if not running:
         p = jnp.exp2(x)
         return p, (m, l + p.sum(axis=1), acc)
+    # Never -inf, because the maximum starts at `LOWEST`: exp2(-inf - -inf) cannot arise, whether a
+    # mask or a bias of -inf hides what a row has met so far.
     top = jnp.maximum(m, x.max(axis=1))
-    # A row that has seen no key yet: exp2(-inf - -inf) must not arise.
-    safe = jnp.where(top == -np.inf, np.float32(0), top) if hides else top
-    shrink = jnp.exp2(m - safe)
-    p = jnp.exp2(x - grid.spread(safe, 0))
+    shrink = jnp.exp2(m - top)
+    p = jnp.exp2(x - grid.spread(top, 0))
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
     return p, (top, l * shrink + p.sum(axis=1), acc)
 
@@ -242,9 +243,9 @@ def _store(
         weight = weight * np.float32(1 / (1 - call.dropout_rate))
     out = (buffers.q if buffers.out is None else buffers.out).at[warpgroup]
     top, total = buffers.top.at[warpgroup], buffers.total.at[warpgroup]
-    out[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(out.dtype)
     top[...] = m
     total[...] = l
+    out[...] = (acc * lax.broadcast_in_dim(weight, acc.shape, [0])).astype(out.dtype)
     plgpu.commit_smem()
     rows = pl.ds(start, ROWS)
     plgpu.copy_smem_to_gmem(out, refs["out"].at[tile.row_index(call, "out", b, h, rows)])

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flash_attention_jax import _dropout
 from flash_attention_jax._call import ROLES, Call
-from flash_attention_jax.kernels.operands import LARGEST_TERM, LOG2E
+from flash_attention_jax.kernels.operands import LOG2E
 
 Refs = dict[str, Any]
 Vectors = dict[str, Any]
@@ -223,8 +223,8 @@ def logits2(
 
 def _in_base_2(term: Any) -> Any:
     """A term of the logits. What was finite stays so: masks by the lowest float32 are common."""
-    held = jnp.minimum(jnp.maximum(term, np.float32(-LARGEST_TERM)), np.float32(LARGEST_TERM))
-    return jnp.where(jnp.abs(term) == np.inf, term, held) * np.float32(LOG2E)
+    scaled = term * np.float32(LOG2E)
+    return jnp.where(jnp.abs(scaled) == np.inf, term, scaled)
 
 
 def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:

@@ -26,9 +26,6 @@ from flash_attention_jax.kernels._config import COLUMNS
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
 
-LARGEST_TERM = 2.3e38
-"""What is added to a logit is held within this: log2(e) times it is still a float32."""
-
 Operands = dict[str, Any]  # arrays, or a reference that a kernel adds to
 
 ROW_STEP = 8

@@ -468,9 +468,8 @@ def logits2(
 def in_base_2(term):
     """A term of the logits. What was finite stays so: masks by the lowest float32 are common."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    LARGEST: tl.constexpr = 2.3e38  # `operands.LARGEST_TERM`
-    held = tl.minimum(tl.maximum(term, -LARGEST), LARGEST)
-    return tl.where(tl.abs(term) == float("inf"), term, held) * LOG2E
+    scaled = term * LOG2E
+    return tl.where(tl.abs(scaled) == float("inf"), term, scaled)
 
 
 @triton.jit
