@@ -214,7 +214,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(case, tmp_path, monkeypa
     said = f"`--out` must have room for what the run writes, got {tmp_path}: {text}. Free some, or "
     for step, advice in ((1, "choose another."), (2, "go on from step 1 with --resume.")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"flash_attention_jax._saving.{where}", raising)
+            patch.setattr(f"flash_attention_jax._saving.{where}", raising, raising=False)
             with pytest.raises(InputError) as caught, _saving.writing(tmp_path):
                 _saving.save(folder, step, state_of(step), CONFIG)
         assert str(caught.value) == said + advice
@@ -231,7 +231,9 @@ def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path):
 
 def test_room_is_asked_for_before_orbax_starts(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(_saving.os, "posix_fallocate", lambda fd, start, size: asked.append(size))
+    monkeypatch.setattr(
+        _saving.os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False
+    )
     _saving.save(tmp_path, 1, state_of(1, size=10**6), CONFIG)
     assert 6e6 < asked[0] < 6.5e6
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -423,7 +425,7 @@ def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, mon
             full()
 
     with monkeypatch.context() as patch:
-        patch.setattr(_saving.os, "posix_fallocate", full_later)
+        patch.setattr(_saving.os, "posix_fallocate", full_later, raising=False)
         assert train.train_main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if not line.startswith("train: step ")] == [
