@@ -21,6 +21,7 @@ from flash_attention_jax.sharding import (
     explain_context_parallel,
     ring_attention,
     shard_positions,
+    ulysses_attention,
     unzigzag,
     zigzag,
 )
@@ -184,6 +185,83 @@ def test_queries_and_keys_of_other_lengths_in_the_other_layout():
     )
     attend = functools.partial(
         context_parallel_attention, mesh=mesh(context=4), layout="heads_last", **options
+    )
+    agree(results(attend, named), want)
+
+
+EMPTY = {"no keys": (13, 0), "no queries": (0, 13), "neither": (0, 0)}
+INSIDE = {"ring": ring_attention, "ulysses": ulysses_attention}
+
+
+@functools.cache
+def empty(case):
+    """A call in which no query sees a key, its options, and what one device makes of it."""
+    queries, keys = EMPTY[case]
+    named = {
+        "q": normal(B, H, queries, D),
+        "k": normal(B, K, keys, D),
+        "v": normal(B, K, keys, D + 1),
+        "bias": normal(B, H, queries, keys),
+        "scale": np.abs(normal(H)),
+        "alibi_slopes": np.abs(normal(H)),
+        "sinks": np.array([-np.inf, 0.5, 1, -2]),
+        "kv_lengths": np.array([keys, max(keys - 2, 0)], np.int32),
+        "q_segment_ids": np.zeros((B, queries), np.int32),
+        "kv_segment_ids": np.zeros((B, keys), np.int32),
+        "dropout_key": np.array([3, 5], np.uint32),
+    }
+    if case != "neither":
+        named["relative_bias"] = normal(H, queries + keys - 1)
+    options = {"causal": True, "dropout_rate": 0.3, "return_lse": True}
+    return named, options, results(functools.partial(flash_attention, **options), named)
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("way", WAYS)
+def test_call_without_queries_or_keys_equals_one_device(way, case):
+    named, options, want = empty(case)
+    axes, where, _ = WAYS[way]
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh(**axes),
+        context_parallel=way.split()[0],
+        **where,
+        **options,
+    )
+    agree(results(attend, named), want)
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("way", INSIDE)
+def test_call_without_queries_or_keys_inside_shard_map(way, case):
+    options = {
+        "scale": 5.0,
+        "window": (3, 2),
+        "return_lse": True,
+        "differentiation": "any",
+    }
+    whole, _, _ = empty(case)
+    named = {name: whole[name][:, :, :12] for name in "qkv"} | {"sinks": whole["sinks"]}
+    want = results(functools.partial(flash_cosine_sim_attention, **options), named)
+    cut = PartitionSpec(None, None, "context")
+    of_device = functools.partial(INSIDE[way], axis_name="context", similarity="cosine", **options)
+
+    def attend(q, k, v, sinks):
+        return jax.shard_map(
+            lambda q, k, v, sinks: of_device(q, k, v, sinks=sinks),
+            mesh=mesh(context=4),
+            in_specs=(cut, cut, cut, PartitionSpec()),
+            out_specs=(cut, cut),
+        )(q, k, v, sinks)
+
+    agree(results(attend, named), want)
+
+
+def test_query_on_an_axis_of_one_device():
+    named = {"q": normal(B, H, 1, D), "k": normal(B, K, 9, D), "v": normal(B, K, 9, D)}
+    want = results(functools.partial(flash_attention, causal=True, return_lse=True), named)
+    attend = functools.partial(
+        context_parallel_attention, mesh=mesh(context=1), causal=True, return_lse=True
     )
     agree(results(attend, named), want)
 
