@@ -46,7 +46,7 @@ from flash_attention_jax._results import (
 )
 from flash_attention_jax._similarity import needs_running_maximum, normalised
 from flash_attention_jax._tiles import LANES, Plan, Tile, plan
-from flash_attention_jax._varying import full, unified
+from flash_attention_jax._varying import axes_of, full, unified, vary
 
 COLUMNS = "bhjri"  # axes of a block of logits in the backward
 
@@ -295,7 +295,8 @@ def _sink_gradient(call: Call, sinks: jax.Array, results: Results, delta: jax.Ar
     tile, roles = Tile.whole(call), _roles(call, "lse")
     lse, low, delta = (tile.take(x, roles, "bhri") for x in (results.lse, results.low, delta))
     shares = sink_shares(tile.take(sinks, "n", "bhri").astype(lse.dtype), lse, low, delta)
-    return tile.put(full(sinks.shape, 0, lse.dtype, lse), "n", shares, "bhri")
+    found = tile.put(full(sinks.shape, 0, lse.dtype, lse), "n", shares, "bhri")
+    return vary(found, axes_of(sinks))  # a sum over no rows has lost its axes
 
 
 # dq is collected with its dimension before its queries: see the head of the file.

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from flash_attention_jax import _check, _dispatch, _masks, _order, _parts, _ring, _ulysses
-from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._results import Results
 
 WAYS = ("auto", "ring", "ulysses", "ring+ulysses")
@@ -64,7 +64,7 @@ class Plan:
 
 
 def plan(call: Call, sizes: tuple[int, int], way: str, order: str) -> Plan:
-    """Choose how a length is shared.
+    """Choose how a length is shared; a call without queries or keys has nothing to share.
 
     Args:
         call: The record of the whole length and of one device's batch and heads.
@@ -76,6 +76,17 @@ def plan(call: Call, sizes: tuple[int, int], way: str, order: str) -> Plan:
     Raises:
         ValueError: If the heads do not divide, or the way needs another number of axes.
     """
+    chosen = _chosen(call, sizes, way, order)
+    if _empty(call):
+        return _described(call, "none", "there are no queries or no keys", (1, 1), order)
+    return chosen
+
+
+def _empty(call: Call) -> bool:
+    return 0 in (call.batch, call.heads, call.q_len, call.k_len)
+
+
+def _chosen(call: Call, sizes: tuple[int, int], way: str, order: str) -> Plan:
     devices, open_ = sizes[0] * max(sizes[1], 1), sizes[1] == 0
     if devices == 1:
         return _described(call, "none", "there is one device", (1, 1), order)
@@ -160,6 +171,8 @@ def attend(
         axes: The mesh axes along which it is cut: of the ring, for the heads, or both.
         implementation: The engine asked for.
     """
+    if _empty(call):
+        call, arrays = _own(call, arrays)
 
     def whole(call: Call, arrays: Arrays) -> Results:
         return _dispatch.engine(_parts.choose_whole(call, implementation))(call, arrays)
@@ -173,6 +186,24 @@ def attend(
     if chosen.ulysses > 1:
         return _ulysses.attend(call, arrays, axes[-1], chosen.ulysses, inner)
     return inner(call, arrays)[:2]
+
+
+def _own(call: Call, arrays: Arrays) -> tuple[Call, Arrays]:
+    """A call in which no query sees a key, as one of the device's own: sinks alone matter."""
+    roles = {name: ROLES[name][call.layout] for name in ("q", "k")}
+    smaller = dataclasses.replace(
+        call,
+        q_len=arrays.q.shape[roles["q"].index("i")],
+        k_len=arrays.k.shape[roles["k"].index("j")],
+        similarity="dot",
+        scale=1.0,
+        softcap=None,
+        causal=False,
+        window=(None, None),
+        dropout_rate=0.0,
+        terms=tuple(term for term in call.terms if term[0] == "sinks"),
+    )
+    return smaller, Arrays(arrays.q, arrays.k, arrays.v, sinks=arrays.sinks)
 
 
 def with_origin(

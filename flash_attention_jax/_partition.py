@@ -7,14 +7,16 @@ what is cut (of one bias for the whole batch, say), which is one all-reduce.
 
 On a mesh of explicit axes the arrays' types say how they lie, and `shard_map` does it. On a mesh of
 automatic axes only the compiler knows, and asks (`custom_partitioning`). A length or dimension that
-is cut is refused: keys would be gathered in silence. Where the mesh cannot be seen when the
-function is traced, one device is assumed.
+is cut is gathered, and a warning says so once. Queries whose type says it are refused instead; the
+compiler's question must not be answered by an error, which would abort the process's compilation in
+XLA's words. Where the mesh cannot be seen when the function is traced, one device is assumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +50,7 @@ def attend(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array
         out and lse.
 
     Raises:
-        ValueError: If the arrays' types say that a length or dimension is cut.
+        ValueError: If q's type says that its length or dimension is cut.
     """
     mesh = jax.typeof(arrays.q).sharding.mesh
     kinds = set() if mesh.empty or mesh.size == 1 else set(mesh.axis_types)
@@ -66,7 +68,10 @@ def attend(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Mesh axes along which the batch and the heads are cut."""
+    """Mesh axes along which the batch and the heads are cut, into equal parts.
+
+    The compiler would pad unequal ones, with entries that hold anything and would join the sums.
+    """
 
     batch: Names
     heads: Names
@@ -75,20 +80,10 @@ class Cut:
     def of(cls, call: Call, spec: Any, sizes: Mapping[str, int]) -> Cut:
         """How q's place on the mesh cuts the call; heads as far as key heads can be cut alike."""
         entries = dict(zip(_parts.roles(call.layout, "q"), (*spec, *[None] * 4), strict=False))
-        for letter, what in (("i", "length"), ("d", "dimension")):
-            if _names(entries[letter]):
-                raise ValueError(
-                    f"`q` must not be sharded along its {what}, got {spec}. Cut batch or heads, or "
-                    "use flash_attention_jax.sharding.context_parallel_attention for the length."
-                )
-        heads: Names = ()
-        count = 1
-        for axis in _names(entries["n"]):
-            count *= sizes[axis]
-            if call.kv_heads % count:
-                break
-            heads = (*heads, axis)
-        return cls(_names(entries["b"]), heads)
+        return cls(
+            _dividing(call.batch, _names(entries["b"]), sizes),
+            _dividing(call.kv_heads, _names(entries["n"]), sizes),
+        )
 
     def spec(self, call: Call, name: str, shape: tuple[int, ...]) -> PartitionSpec:
         """Where an array of the call, a result or a gradient lies."""
@@ -129,9 +124,59 @@ class Cut:
         return axes
 
 
+def _dividing(size: int, axes: Names, sizes: Mapping[str, int]) -> Names:
+    """The axes as far as all of them together divide a size."""
+    count = 1
+    for at, axis in enumerate(axes):
+        count *= sizes[axis]
+        if size % count:
+            return axes[:at]
+    return axes
+
+
 def _names(entry: Any) -> Names:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+GATHERED = {"i": "length", "j": "length", "d": "dimension", "e": "dimension"}
+"""What is never cut, by its axis letter."""
+
+
+def _gathered(call: Call, specs: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """The first array that lies cut along what is gathered: its name, along what, its spec."""
+    for name, spec in sorted(specs.items(), key=lambda pair: pair[0] != "q"):
+        for letter, entry in zip(_parts.roles(call.layout, _array(name)), spec, strict=False):
+            if letter in GATHERED and _names(entry):
+                return name, GATHERED[letter], spec
+    return None
+
+
+_warned: list[str] = []
+"""The warning that this process has shown, so that it shows one."""
+
+
+def _warn_of_gathers(call: Call, specs: Mapping[str, Any]) -> None:
+    """Say once per process that whole lengths are sent to every device. It raises nothing.
+
+    The compiler asks from inside its own call: a filter that makes warnings errors would end in an
+    internal error of XLA, so there the warning is printed as it would be without that filter.
+    """
+    gathered = _gathered(call, specs)
+    if gathered is None or _warned:
+        return
+    name, what, spec = gathered
+    shown = "The cotangent of attention's output" if name == "dout" else f"`{name}`"
+    _warned.append(
+        f"{shown} is sharded along its {what}, {spec}, and is gathered on every device of these "
+        "axes, which then repeat each other's work. For the length, use "
+        "flash_attention_jax.sharding.context_parallel_attention, or a Flax layer's `placement`: "
+        "it is a ring. Otherwise cut batch or heads. This is said once."
+    )
+    try:
+        warnings.warn(_warned[0], UserWarning, stacklevel=2)
+    except UserWarning as warning:
+        warnings.showwarning(warning, UserWarning, __file__, 0)
 
 
 # --- explicit axes ---
@@ -140,8 +185,16 @@ def _names(entry: Any) -> Names:
 def _explicit(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     sharding = jax.typeof(arrays.q).sharding
     mesh = sharding.mesh
-    cut = Cut.of(call, sharding.spec, dict(mesh.shape))
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
+    lies = {name: jax.typeof(x).sharding.spec for name, x in given.items()}
+    refused = _gathered(call, {"q": sharding.spec})
+    if refused is not None:
+        raise ValueError(
+            f"`q` must not be sharded along its {refused[1]}, got {sharding.spec}. Cut batch or "
+            "heads, or use flash_attention_jax.sharding.context_parallel_attention for the length."
+        )
+    _warn_of_gathers(call, lies)
+    cut = Cut.of(call, sharding.spec, dict(mesh.shape))
     specs = {name: cut.spec(call, name, x.shape) for name, x in given.items()}
     given = {
         name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in given.items()
@@ -179,7 +232,10 @@ def _partitioned(
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         given = dict(zip(inputs, arguments, strict=True))
-        cut = Cut.of(call, given["q"].sharding.spec, dict(mesh.shape))
+        # Where a sharding is still unknown, the compiler passes None.
+        lies = {name: getattr(x.sharding, "spec", PartitionSpec()) for name, x in given.items()}
+        _warn_of_gathers(call, lies)
+        cut = Cut.of(call, lies["q"], dict(mesh.shape))
 
         def place(name: str, x: Any) -> NamedSharding:
             return NamedSharding(mesh, cut.spec(call, _array(name), x.shape))

@@ -20,7 +20,8 @@ def l2norm(x: Any, groups: int = 1) -> Any:
     gradient is zero, and at one that is not finite too: its unit vector is NaN, a constant, which
     no gradient leaves where nothing sees it.
     """
-    wide = x.astype(np.promote_types(x.dtype, np.float32)).reshape(*x.shape[:-1], groups, -1)
+    shape = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    wide = x.astype(np.promote_types(x.dtype, np.float32)).reshape(shape)
     return _unit(wide).reshape(x.shape).astype(x.dtype)
 
 

@@ -14,7 +14,7 @@ rounding; dropout has the same bits. Memory on each device is linear in its own 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flash_attention_jax import _check, _context, _local, _parts, _read
-from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._call import ROLES, Arrays, Call
 from flash_attention_jax._context import Plan
 from flash_attention_jax._front import check_implementation, check_names
 from flash_attention_jax._order import shard_positions, unzigzag, zigzag
@@ -303,7 +303,7 @@ def _prepared(
         field: getattr(call, field) // (sizes[axis] if axis else 1)
         for field, axis in shares.items()
     }
-    multiple = functools.reduce(int.__mul__, devices)
+    multiple = math.prod(devices)
     lengths = {name: -(-getattr(call, name) // multiple) * multiple for name in ("q_len", "k_len")}
     one = dataclasses.replace(call, **own, **lengths)
     pair = (devices[0], devices[1]) if len(devices) == 2 else (devices[0], 0)
@@ -311,13 +311,16 @@ def _prepared(
 
 
 def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
-    """How an array of a call lies on the mesh."""
+    """How an array of a call lies on the mesh; a term's axis of size 1 is the same everywhere."""
     places = dict(cut)
     if name in ("mask", "bias"):
         places.pop("j")
     roles = _parts.roles(call.layout, name)
     return PartitionSpec(
-        *(places.get(r) if n > 1 else None for r, n in zip(roles, x.shape, strict=True))
+        *(
+            places.get(r) if n != 1 or name in ROLES else None
+            for r, n in zip(roles, x.shape, strict=True)
+        )
     )
 
 
@@ -386,7 +389,8 @@ def context_parallel_attention(
         context_parallel,
         order,
     )
-    multiple = chosen.ring * chosen.ulysses
+    sizes = _sizes(mesh)
+    multiple = math.prod(sizes[axis] for axis in length)
     given = _read.arrays(reading.call, reading.given)
     call, given = _context.padded(reading.call, given, multiple)
     whole = {name: x for name, x in given._asdict().items() if x is not None}

@@ -6,6 +6,7 @@ cotangents of out and lse, in float64 so that nothing hides in rounding.
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flash_attention_jax import flash_attention, flash_cosine_sim_attention
+from flash_attention_jax import _partition, flash_attention, flash_cosine_sim_attention
 from flash_attention_jax.sharding import (
     Placement,
     context_parallel_attention,
     explain_context_parallel,
     ring_attention,
     shard_positions,
+    ulysses_attention,
     unzigzag,
     zigzag,
 )
@@ -183,6 +185,83 @@ def test_queries_and_keys_of_other_lengths_in_the_other_layout():
     )
     attend = functools.partial(
         context_parallel_attention, mesh=mesh(context=4), layout="heads_last", **options
+    )
+    agree(results(attend, named), want)
+
+
+EMPTY = {"no keys": (13, 0), "no queries": (0, 13), "neither": (0, 0)}
+INSIDE = {"ring": ring_attention, "ulysses": ulysses_attention}
+
+
+@functools.cache
+def empty(case):
+    """A call in which no query sees a key, its options, and what one device makes of it."""
+    queries, keys = EMPTY[case]
+    named = {
+        "q": normal(B, H, queries, D),
+        "k": normal(B, K, keys, D),
+        "v": normal(B, K, keys, D + 1),
+        "bias": normal(B, H, queries, keys),
+        "scale": np.abs(normal(H)),
+        "alibi_slopes": np.abs(normal(H)),
+        "sinks": np.array([-np.inf, 0.5, 1, -2]),
+        "kv_lengths": np.array([keys, max(keys - 2, 0)], np.int32),
+        "q_segment_ids": np.zeros((B, queries), np.int32),
+        "kv_segment_ids": np.zeros((B, keys), np.int32),
+        "dropout_key": np.array([3, 5], np.uint32),
+    }
+    if case != "neither":
+        named["relative_bias"] = normal(H, queries + keys - 1)
+    options = {"causal": True, "dropout_rate": 0.3, "return_lse": True}
+    return named, options, results(functools.partial(flash_attention, **options), named)
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("way", WAYS)
+def test_call_without_queries_or_keys_equals_one_device(way, case):
+    named, options, want = empty(case)
+    axes, where, _ = WAYS[way]
+    attend = functools.partial(
+        context_parallel_attention,
+        mesh=mesh(**axes),
+        context_parallel=way.split()[0],
+        **where,
+        **options,
+    )
+    agree(results(attend, named), want)
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("way", INSIDE)
+def test_call_without_queries_or_keys_inside_shard_map(way, case):
+    options = {
+        "scale": 5.0,
+        "window": (3, 2),
+        "return_lse": True,
+        "differentiation": "any",
+    }
+    whole, _, _ = empty(case)
+    named = {name: whole[name][:, :, :12] for name in "qkv"} | {"sinks": whole["sinks"]}
+    want = results(functools.partial(flash_cosine_sim_attention, **options), named)
+    cut = PartitionSpec(None, None, "context")
+    of_device = functools.partial(INSIDE[way], axis_name="context", similarity="cosine", **options)
+
+    def attend(q, k, v, sinks):
+        return jax.shard_map(
+            lambda q, k, v, sinks: of_device(q, k, v, sinks=sinks),
+            mesh=mesh(context=4),
+            in_specs=(cut, cut, cut, PartitionSpec()),
+            out_specs=(cut, cut),
+        )(q, k, v, sinks)
+
+    agree(results(attend, named), want)
+
+
+def test_query_on_an_axis_of_one_device():
+    named = {"q": normal(B, H, 1, D), "k": normal(B, K, 9, D), "v": normal(B, K, 9, D)}
+    want = results(functools.partial(flash_attention, causal=True, return_lse=True), named)
+    attend = functools.partial(
+        context_parallel_attention, mesh=mesh(context=1), causal=True, return_lse=True
     )
     agree(results(attend, named), want)
 
@@ -388,8 +467,145 @@ def test_sharded_batch_and_heads_give_what_one_device_gives(explicit):
     agree(found(placed, placed_dout), found(named, dout))
 
 
+# --- a length or dimension that is cut, without any of this ---
+
+ADVICE = (
+    " and is gathered on every device of these axes, which then repeat each other's work. For the "
+    "length, use flash_attention_jax.sharding.context_parallel_attention, or a Flax layer's "
+    "`placement`: it is a ring. Otherwise cut batch or heads. This is said once."
+)
+CUT_ALONG = {
+    "length": (PartitionSpec(None, None, "context"),) * 3,
+    "dimension": (PartitionSpec(None, None, None, "context"),) * 3,
+    "length of k alone": (
+        PartitionSpec(),
+        PartitionSpec(None, None, "context"),
+        PartitionSpec(None, None, "context"),
+    ),
+    "dimension of v alone": (
+        PartitionSpec(),
+        PartitionSpec(),
+        PartitionSpec(None, None, None, "context"),
+    ),
+    "batch together with length": (PartitionSpec("data", None, "context"),) * 3,
+    "each otherwise": (
+        PartitionSpec("data", None, "context"),
+        PartitionSpec(None, "data", None, "context"),
+        PartitionSpec(None, None, ("data", "context")),
+    ),
+}
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """What is shown while warnings are errors, from a process that has said nothing yet."""
+    monkeypatch.setattr(_partition, "_warned", [])
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("error")
+        yield shown
+
+
+def cross(batch=B):
+    """Queries and keys of other lengths, that 8 devices divide, and a bias for the whole batch."""
+    return {
+        "q": normal(batch, H, 16, D),
+        "k": normal(batch, K, 24, D),
+        "v": normal(batch, K, 24, 8),
+        "bias": normal(1, H, 16, 24),
+    }
+
+
+attend_with_lse = functools.partial(flash_attention, causal=True, return_lse=True)
+
+
+@functools.cache
+def cross_on_one_device():
+    return results(attend_with_lse, cross())
+
+
+def cut_along(case):
+    where, named = mesh(data=2, context=4), cross()
+    for name, spec in zip("qkv", CUT_ALONG[case], strict=True):
+        named[name] = jax.device_put(named[name], NamedSharding(where, spec))
+    return named
+
+
+@pytest.mark.parametrize("case", CUT_ALONG)
+def test_length_or_dimension_that_is_cut_is_gathered(case, warned):
+    agree(results(attend_with_lse, cut_along(case)), cross_on_one_device())
+    (said,) = warned
+    assert said.category is UserWarning
+    first = {"length of k alone": "k", "dimension of v alone": "v"}.get(case, "q")
+    what = "dimension" if case.startswith("dimension") else "length"
+    assert str(said.message).startswith(f"`{first}` is sharded along its {what}, ")
+    assert str(said.message).endswith(ADVICE)
+
+
+def test_partitioner_before_shardy_gathers_it_too(warned):
+    if not hasattr(jax.config, "jax_use_shardy_partitioner"):
+        pytest.skip("this JAX has no partitioner but Shardy")
+    was = jax.config.jax_use_shardy_partitioner
+    try:
+        jax.config.update("jax_use_shardy_partitioner", False)
+        got = results(attend_with_lse, cut_along("batch together with length"))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", was)
+    agree(got, cross_on_one_device())
+    assert len(warned) == 1
+
+
+def test_cotangent_whose_length_is_cut_is_gathered(warned):
+    where = mesh(data=2, context=4)
+
+    def attend(**named):
+        out, lse = attend_with_lse(**named)
+        spec = PartitionSpec("data", None, "context")
+        return jax.lax.with_sharding_constraint(out, NamedSharding(where, spec)), lse
+
+    named = cross()
+    named["q"] = jax.device_put(named["q"], NamedSharding(where, PartitionSpec("data")))
+    agree(results(attend, named), cross_on_one_device())
+    (said,) = warned
+    assert str(said.message).startswith("The cotangent of attention's output is sharded along its ")
+
+
+def test_gathering_is_said_once_however_often_it_is_compiled(warned):
+    x = jax.device_put(
+        np.zeros((1, 2, 8, 4)),
+        NamedSharding(mesh(context=4), PartitionSpec(None, None, "context")),
+    )
+    for causal in (False, True):
+        jax.jit(functools.partial(flash_attention, causal=causal))(x, x, x)
+        assert len(warned) == 1
+
+
+def test_filter_that_ignores_warnings_hides_it(warned):
+    x = jax.device_put(
+        np.zeros((1, 2, 8, 4)),
+        NamedSharding(mesh(context=4), PartitionSpec(None, None, "context")),
+    )
+    warnings.simplefilter("ignore")
+    jax.jit(flash_attention)(x, x, x)
+    assert warned == []
+
+
+def test_batch_that_devices_do_not_divide_adds_nothing_to_sums():
+    # Equal shares of the batch of 5 are padded, and 1 / 0 would join the gradient of the bias.
+    named, lies = cross(batch=5), NamedSharding(mesh(context=4), PartitionSpec("context"))
+
+    def attend(q, where, **named):
+        q, inverse = (where(x) for x in (q, 1 / where(q)))
+        return attend_with_lse(inverse, **named)
+
+    got, want = (
+        results(functools.partial(attend, where=where), named)
+        for where in (lambda x: jax.lax.with_sharding_constraint(x, lies), lambda x: x)
+    )
+    agree(got, want)
+
+
 @pytest.mark.parametrize(("axis", "what"), [(2, "length"), (3, "dimension")])
-def test_length_or_dimension_that_is_cut_is_refused(axis, what):
+def test_queries_whose_type_says_that_they_are_cut_are_refused(axis, what):
     where = mesh(explicit=True, context=4)
     spec = PartitionSpec(*[None] * axis, "context")
     x = jax.device_put(np.zeros((1, 2, 8, 4)), NamedSharding(where, spec))
@@ -398,9 +614,16 @@ def test_length_or_dimension_that_is_cut_is_refused(axis, what):
     ) as raised:
         jax.jit(flash_attention)(x, x, x)
     assert "context_parallel_attention" in str(raised.value)
-    x = jax.device_put(np.zeros((1, 2, 8, 4)), NamedSharding(mesh(context=4), spec))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=f"sharded along its {what}"):
-        jax.jit(flash_attention)(x, x, x)
+
+
+def test_keys_whose_type_says_that_they_are_cut_are_gathered(warned):
+    where, named = mesh(explicit=True, data=2, context=4), cross()
+    cut = NamedSharding(where, PartitionSpec(None, None, "context"))
+    named = {name: jax.device_put(x, cut if name in "kv" else None) for name, x in named.items()}
+    named["q"] = jax.device_put(named["q"], NamedSharding(where, PartitionSpec("data")))
+    agree(results(attend_with_lse, named), cross_on_one_device())
+    (said,) = warned
+    assert str(said.message).startswith("`k` is sharded along its length, ")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ def test_window_bounds_the_hops():
     assert both.hops == 3
 
 
+def test_nothing_is_sent_where_there_are_no_queries_or_no_keys():
+    for q, k in (((1, 8, 0, 64), (1, 8, 64, 64)), ((1, 8, 64, 64), (1, 8, 0, 64))):
+        said = explained(q, k)
+        assert (said.way, said.reason) == ("none", "there are no queries or no keys")
+        assert (said.hops, said.forward, said.backward, said.bytes_forward) == (0, {}, {}, 0)
+
+
 def test_zigzag_needs_the_ring():
     assert explained((1, 8, 4096, 64), order="zigzag").way == "ring"
 
