@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 Layout = Literal["heads_first", "heads_last"]
 Similarity = Literal["dot", "cosine"]
@@ -80,6 +81,25 @@ class Arrays(NamedTuple):
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "relative_bias")
 """Names of the arrays that receive gradients."""
+
+
+def symbolic(size: Any) -> bool:
+    """Whether a size is an expression in symbols of `jax.export.symbolic_shape`, not a number.
+
+    Such sizes add, multiply, hash and compare equal to themselves alone; whether one is less than
+    another can often not be told, and the question then raises. So nothing here asks.
+    """
+    return is_symbolic_dim(size)
+
+
+def known(size: Any, otherwise: int) -> int:
+    """The size, or `otherwise` where it is symbolic."""
+    return otherwise if symbolic(size) else size
+
+
+def as_index(size: Any) -> Any:
+    """A size to compute positions with: a symbolic one as an int32 scalar, a number as it is."""
+    return jnp.asarray(size, jnp.int32) if symbolic(size) else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +187,21 @@ class Call:
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Shape of the term `name`, None where it is absent."""
         return next((shape for term, shape, _ in self.terms if term == name), None)
+
+    @property
+    def symbols(self) -> dict[str, Any]:
+        """The sizes that are symbolic, by their names."""
+        names = ("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "v_dim")
+        sizes = {name: getattr(self, name) for name in names}
+        return {name: size for name, size in sizes.items() if symbolic(size)}
+
+    @property
+    def symbolic_length(self) -> str | None:
+        """Why nothing can cut this call's lengths into blocks, None where both are numbers."""
+        lengths = {name: size for name, size in self.symbols.items() if name in ("q_len", "k_len")}
+        for name, size in lengths.items():
+            return f"its length is symbolic ({name} = {size}), and blocks are cut when it is traced"
+        return None
 
     @property
     def bound(self) -> float | None:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flash_attention_jax._call import symbolic
+
 FARTHEST = 2**30
 """The largest offset or window: sums of two of them are still int32."""
 
@@ -287,6 +289,7 @@ def offset_within(name: str, x: Any) -> None:
 def lengths_within(name: str, x: Any, limit: int) -> None:
     """Lengths of 0 .. limit, where they can be seen."""
     values = concrete(x)
+    limit = math.inf if symbolic(limit) else limit
     if values is not None and values.size and (values.min() < 0 or values.max() > limit):
         worst = int(values.max() if values.max() > limit else values.min())
         fail(

@@ -95,7 +95,7 @@ class Cut:
         places = {"b": self.batch, "n": self.heads, "k": self.heads}
         letters = _parts.roles(call.layout, name)
         return PartitionSpec(
-            *(places.get(r) or None if n > 1 else None for r, n in zip(letters, shape, strict=True))
+            *(places.get(r) or None if n not in (0, 1) else None for r, n in zip(letters, shape, strict=True))
         )
 
     def local(self, call: Call, given: Blocks) -> tuple[Call, Blocks]:
@@ -122,9 +122,9 @@ class Cut:
         """The axes along which devices hold shares of one gradient, of this shape in all."""
         size = dict(zip(_parts.roles(call.layout, name), whole, strict=True))
         axes: Names = ()
-        if call.batch > 1 and size.get("b", 1) == 1:
+        if call.batch not in (0, 1) and size.get("b", 1) == 1:
             axes += self.batch
-        if "k" not in size and call.heads > 1 and size.get("n", 1) == 1:
+        if "k" not in size and call.heads not in (0, 1) and size.get("n", 1) == 1:
             axes += self.heads
         return axes
 
@@ -239,7 +239,7 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
         nonlocal alone
         words = []
         for letter, size in zip(_parts.roles(call.layout, _array(name)), shape, strict=True):
-            together = letter in "bnk" and size > 1
+            together = letter in "bnk" and size not in (0, 1)
             alone += not together
             words.append(letter if together else f"z{alone}")
         return " ".join(words)

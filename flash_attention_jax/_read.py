@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flash_attention_jax import _check, _dropout
-from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity
+from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity, symbolic
 from flash_attention_jax.kernels import _support
 
 
@@ -193,7 +193,7 @@ def read(
         scale=scale,
         causal=causal,
         window=window,
-        offset=offset if isinstance(offset, int) else 0,
+        offset=0 if "q_offset" in terms else offset,
         softcap=None
         if softcap is None
         else _check.number(reader.name("softcap"), softcap, positive=True),
@@ -379,7 +379,8 @@ class _Reader:
         relative = self.options.get("relative_bias")
         if relative is not None:
             _check.floating("relative_bias", relative)
-            diagonals = max(sizes["q_len"] + sizes["k_len"] - 1, 0)
+            diagonals = sizes["q_len"] + sizes["k_len"] - 1
+            diagonals = 0 if diagonals == -1 else diagonals
             shapes = {(diagonals,), (sizes["heads"], diagonals), (1, diagonals)}
             meaning = (
                 f"(heads, q_len + k_len - 1) = {(sizes['heads'], diagonals)} or without the heads"
@@ -446,7 +447,9 @@ class _Reader:
                 terms[canonical] = (x, (batch,), "int32")
         terms |= self._segments(sizes)
         offset = self.options.get("q_offset")
-        if isinstance(offset, int) and not isinstance(offset, bool):
+        if symbolic(offset):
+            pass  # k_len - q_len of symbolic lengths, say
+        elif isinstance(offset, int) and not isinstance(offset, bool):
             _check.offset_within("q_offset", offset)
         elif offset is not None:
             if isinstance(offset, (bool, float)):
@@ -480,7 +483,7 @@ class _Reader:
                 )
             _check.integer(name, x)
             shapes = {(length,), (1, length), (sizes["batch"], length)}
-            if sizes["batch"] > 1:
+            if sizes["batch"] not in (0, 1):
                 shapes -= {(length,)}
             meaning = f"(batch, length) = {(sizes['batch'], length)}"
             advice = "Pass one id per token; those that all batch entries share are ids[None]."
@@ -511,9 +514,12 @@ class _Reader:
     ) -> tuple[float | None, dict[str, Term]]:
         """The scale as a number, or as an array per head."""
         x: Any = self.options.get("scale")
+        name = self.name("scale")
+        if x is None and default is None and symbolic(sizes["dim"]):
+            advice = "Pass jnp.asarray(dim, jnp.float32) ** -0.5, of q's last axis."
+            _check.fail(name, "be given where the dimension is symbolic", "None", advice)
         if x is None:
             return (sizes["dim"] ** -0.5 if default is None else default), {}
-        name = self.name("scale")
         if isinstance(x, (bool, int, float, np.generic)):
             return _check.number(name, x), {}
         if isinstance(x, (str, complex)):

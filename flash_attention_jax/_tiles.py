@@ -15,10 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._call import Call
+from flash_attention_jax._call import Call, as_index, known
 
 LANES = 64
 """A matrix product on a CPU treats so many columns alike, and those that are left over apart."""
+
+USUAL_GROUP = 8
+"""Query heads per key head that a plan reckons with where their number is symbolic."""
 
 Index = Any  # a Python int or a traced int32 scalar
 
@@ -120,7 +123,8 @@ class Tile:
             return self.kv_heads
         if letter == "n":
             start, count = self.kv_heads
-            return start * self.call.group_size, count * self.call.group_size
+            group = self.call.group_size
+            return start * as_index(group), count * group
         if letter == "i":
             return self.queries
         if letter == "j":
@@ -243,8 +247,8 @@ class Plan:
 
     def tile(self, unit: Index, query_block: Index, key_block: Index) -> Tile:
         """The tile of one step."""
-        across = self.call.kv_heads // self.kv_heads
-        batch, head = (unit // across, unit % across) if self.units > 1 else (0, 0)
+        across = as_index(self.call.kv_heads // self.kv_heads)
+        batch, head = (unit // across, unit % across) if self.units not in (0, 1) else (0, 0)
         return Tile(
             self.call,
             (batch * self.batch, self.batch),
@@ -264,6 +268,8 @@ def largest_divisor(number: int, at_most: int) -> int:
 def plan(call: Call, block_q: int, block_kv: int, elements: int, *, sums_queries: bool) -> Plan:
     """Make the plan: blocks near the sizes wished for, and as many heads at once as fit.
 
+    Batches or key heads whose number is symbolic are walked one at a time.
+
     Args:
         call: The call.
         block_q: Queries per block and group of heads; a block holds that many rows, whatever the
@@ -272,12 +278,13 @@ def plan(call: Call, block_q: int, block_kv: int, elements: int, *, sums_queries
         elements: Logits that one step may hold at most.
         sums_queries: As in `Plan`.
     """
-    rows = call.block_q or max(1, math.ceil(block_q / max(1, call.group_size)))
+    group = known(call.group_size, USUAL_GROUP)
+    rows = call.block_q or max(1, math.ceil(block_q / max(1, group)))
     queries = balanced(call.q_len, rows)
     keys = balanced(call.k_len, call.block_kv or block_kv)
-    room = elements // max(1, queries.block * keys.block * call.group_size)
-    kv_heads = largest_divisor(max(1, call.kv_heads), room)
-    batch = (
-        largest_divisor(max(1, call.batch), room // kv_heads) if kv_heads == call.kv_heads else 1
-    )
+    room = elements // max(1, queries.block * keys.block * group)
+    kv_heads = largest_divisor(max(1, known(call.kv_heads, 1)), room)
+    batch = 1
+    if kv_heads == call.kv_heads:
+        batch = largest_divisor(max(1, known(call.batch, 1)), room // kv_heads)
     return Plan(call, queries, keys, batch, kv_heads, sums_queries)
