@@ -191,8 +191,8 @@ def make_attention_fn(
 def _merge_batch_axes(
     name: str,
     x: Array,
-    batch: tuple[int, ...],
-    pairs: tuple[int, int, int],
+    batch: tuple[Any, ...],
+    pairs: tuple[Any, Any, Any],
 ) -> Array:
     """(..., heads, q_len, kv_len), broadcasting on the left, to the same with one batch axis."""
     rank = len(batch) + 3
@@ -252,11 +252,15 @@ def _attend_with_one_dropout_mask(query: Array, key: Array, value: Array, **opti
     return mapped(grouped, key, value, terms).reshape(shape)
 
 
-def _lead_axes(name: str, x: Array, batch: int) -> tuple[Array, bool, bool]:
+def _lead_axes(name: str, x: Array, batch: Any) -> tuple[Array, bool, bool]:
     """The term without axes of size 1 for batch and heads, and whether it has each of them."""
     if name in ("bias", "mask"):
         of_batch, of_head = (n not in (0, 1) for n in x.shape[:2])
-        return x.reshape([n for i, n in enumerate(x.shape) if i > 1 or n not in (0, 1)]), of_batch, of_head
+        return (
+            x.reshape([n for i, n in enumerate(x.shape) if i > 1 or n not in (0, 1)]),
+            of_batch,
+            of_head,
+        )
     if name in PER_HEAD:
         rows = x.reshape(-1, x.shape[-1]) if name == "relative_bias" else x.reshape(-1)
         of_head = rows.shape[0] not in (0, 1)

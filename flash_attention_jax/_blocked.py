@@ -34,7 +34,7 @@ import numpy as np
 from jax import lax
 
 from flash_attention_jax import _dropout, _masks, _online
-from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call, known
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call, Size, known
 from flash_attention_jax._logits import LOGIT_TERMS, below, logits, product, scaled, term_axes
 from flash_attention_jax._online import compute_dtype, folded, folds_scale
 from flash_attention_jax._results import (
@@ -323,7 +323,7 @@ class Slot:
 
     roles: str
     axes: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ front (`_attention`) makes both; below it nothing is named twice and nothing is 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +83,11 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "rela
 """Names of the arrays that receive gradients."""
 
 
-def symbolic(size: Any) -> bool:
+Size: TypeAlias = Any
+"""A Python int, or an expression in symbols of `jax.export.symbolic_shape` (see `symbolic`)."""
+
+
+def symbolic(size: Size) -> bool:
     """Whether a size is an expression in symbols of `jax.export.symbolic_shape`, not a number.
 
     Such sizes add, multiply, hash and compare equal to themselves alone; whether one is less than
@@ -92,12 +96,12 @@ def symbolic(size: Any) -> bool:
     return is_symbolic_dim(size)
 
 
-def known(size: Any, otherwise: int) -> int:
+def known(size: Size, otherwise: int) -> int:
     """The size, or `otherwise` where it is symbolic."""
     return otherwise if symbolic(size) else size
 
 
-def as_index(size: Any) -> Any:
+def as_index(size: Size) -> Any:
     """A size to compute positions with: a symbolic one as an int32 scalar, a number as it is."""
     return jnp.asarray(size, jnp.int32) if symbolic(size) else size
 
@@ -141,21 +145,21 @@ class Call:
     similarity: Similarity
     l2norm: bool
     groups: int
-    batch: int
-    q_len: int
-    k_len: int
-    heads: int
-    kv_heads: int
-    dim: int
-    v_dim: int
+    batch: Size
+    q_len: Size
+    k_len: Size
+    heads: Size
+    kv_heads: Size
+    dim: Size
+    v_dim: Size
     dtype: str
     scale: float | None
     causal: bool
     window: tuple[int | None, int | None]
-    offset: int
+    offset: Size
     softcap: float | None
     dropout_rate: float
-    terms: tuple[tuple[str, tuple[int, ...], str], ...]
+    terms: tuple[tuple[str, tuple[Size, ...], str], ...]
     block_q: int | None = None
     block_kv: int | None = None
     precision: Any = None
@@ -166,7 +170,7 @@ class Call:
     interpret: bool = False
 
     @property
-    def group_size(self) -> int:
+    def group_size(self) -> Size:
         """Query heads per key head."""
         return self.heads // max(self.kv_heads, 1)
 
@@ -184,12 +188,12 @@ class Call:
         """Whether the array `name` (a field of `Arrays`) is present."""
         return any(name == term for term, _, _ in self.terms)
 
-    def shape_of(self, name: str) -> tuple[int, ...] | None:
+    def shape_of(self, name: str) -> tuple[Size, ...] | None:
         """Shape of the term `name`, None where it is absent."""
         return next((shape for term, shape, _ in self.terms if term == name), None)
 
     @property
-    def symbols(self) -> dict[str, Any]:
+    def symbols(self) -> dict[str, Size]:
         """The sizes that are symbolic, by their names."""
         names = ("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "v_dim")
         sizes = {name: getattr(self, name) for name in names}
@@ -217,7 +221,7 @@ class Call:
             return abs(self.scale) * self.groups
         return None
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Size]:
         """Sizes of the axis letters of `ROLES` and `TERM_ROLES`."""
         return {
             "b": self.batch,
@@ -230,7 +234,7 @@ class Call:
             "g": self.q_len + self.k_len - 1,
         }
 
-    def shape(self, roles: str) -> tuple[int, ...]:
+    def shape(self, roles: str) -> tuple[Size, ...]:
         """The full shape of an array with these axes."""
         sizes = self.sizes()
         return tuple(sizes[letter] for letter in roles)

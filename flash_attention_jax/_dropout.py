@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._call import as_index
+from flash_attention_jax._call import Size, as_index
 
 GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive j land far apart
 
@@ -49,7 +49,7 @@ def key_words(key: jax.Array) -> jax.Array:
 
 
 def row_words(
-    words: Any, heads: int, b: Any, h: Any, i: Any, origin: Any = None
+    words: Any, heads: Size, b: Any, h: Any, i: Any, origin: Any = None
 ) -> tuple[Any, Any]:
     """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast).
 

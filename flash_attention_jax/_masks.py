@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call, as_index
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size, as_index
 from flash_attention_jax._tiles import Axis, Plan, Tile, int32_starts
 
 EMPTY, PARTIAL, FULL = np.int8(0), np.int8(1), np.int8(2)
@@ -37,7 +37,7 @@ class Positions(NamedTuple):
 def positions(call: Call, arrays: Arrays, tile: Tile, axes: str) -> Positions:
     """Positions in the tile, along the axes "bhrij" in the order of `axes`."""
 
-    def along(letter: str, start: Any, size: int) -> jax.Array:
+    def along(letter: str, start: Any, size: Size) -> jax.Array:
         values = jnp.arange(size, dtype=jnp.int32) + jnp.asarray(start, jnp.int32)
         return values.reshape([size if axis == letter else 1 for axis in axes])
 
@@ -175,7 +175,9 @@ class Visits:
         if not (masks_anything(call) or plan.keys.overlaps or plan.hides_queries):
             return cls(plan, None, None, None)
         offset = (
-            jnp.full((1, 1), as_index(call.offset), jnp.int32) if arrays.q_offset is None else arrays.q_offset
+            jnp.full((1, 1), as_index(call.offset), jnp.int32)
+            if arrays.q_offset is None
+            else arrays.q_offset
         )
         i = jnp.arange(call.q_len, dtype=jnp.int32)
         j = jnp.arange(call.k_len, dtype=jnp.int32)[None]

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flash_attention_jax import _parts
 from flash_attention_jax._blocked import split
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size
 from flash_attention_jax._results import Results, saved
 from flash_attention_jax._similarity import normalised
 
@@ -90,12 +90,15 @@ class Cut:
             heads = (*heads, axis)
         return cls(_names(entries["b"]), heads)
 
-    def spec(self, call: Call, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    def spec(self, call: Call, name: str, shape: tuple[Size, ...]) -> PartitionSpec:
         """Where an array of the call, a result or a gradient lies."""
         places = {"b": self.batch, "n": self.heads, "k": self.heads}
         letters = _parts.roles(call.layout, name)
         return PartitionSpec(
-            *(places.get(r) or None if n not in (0, 1) else None for r, n in zip(letters, shape, strict=True))
+            *(
+                places.get(r) or None if n not in (0, 1) else None
+                for r, n in zip(letters, shape, strict=True)
+            )
         )
 
     def local(self, call: Call, given: Blocks) -> tuple[Call, Blocks]:
@@ -118,7 +121,7 @@ class Cut:
         )
         return dataclasses.replace(call, **sizes, terms=terms), given
 
-    def summed(self, call: Call, name: str, whole: tuple[int, ...]) -> Names:
+    def summed(self, call: Call, name: str, whole: tuple[Size, ...]) -> Names:
         """The axes along which devices hold shares of one gradient, of this shape in all."""
         size = dict(zip(_parts.roles(call.layout, name), whole, strict=True))
         axes: Names = ()
@@ -235,7 +238,7 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
     """Shardy's rule: which axes go together. An axis of size 1 goes with none."""
     alone = 0
 
-    def letters(name: str, shape: tuple[int, ...]) -> str:
+    def letters(name: str, shape: tuple[Size, ...]) -> str:
         nonlocal alone
         words = []
         for letter, size in zip(_parts.roles(call.layout, _array(name)), shape, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._call import Call, as_index, known
+from flash_attention_jax._call import Call, Size, as_index, known
 
 LANES = 64
 """A matrix product on a CPU treats so many columns alike, and those that are left over apart."""
@@ -72,7 +72,7 @@ def balanced(length: int, block: int) -> Axis:
     return Axis(length, max(1, even))
 
 
-def int32_starts(ranges: Sequence[tuple[Index, int]]) -> list[Any]:
+def int32_starts(ranges: Sequence[tuple[Index, Size]]) -> list[Any]:
     """Starts of ranges in one dtype, whatever Python ints are under `jax_enable_x64`."""
     return [jnp.asarray(start, jnp.int32) for start, _ in ranges]
 
@@ -93,10 +93,10 @@ class Tile:
     """
 
     call: Call
-    batch: tuple[Index, int]
-    kv_heads: tuple[Index, int]
-    queries: tuple[Index, int]
-    keys: tuple[Index, int]
+    batch: tuple[Index, Size]
+    kv_heads: tuple[Index, Size]
+    queries: tuple[Index, Size]
+    keys: tuple[Index, Size]
     fresh_queries: Index | None = None
     fresh_keys: Index | None = None
 
@@ -114,7 +114,7 @@ class Tile:
             for h in range(heads)
         ]
 
-    def _range(self, letter: str, size: int) -> tuple[Index, int]:
+    def _range(self, letter: str, size: Size) -> tuple[Index, Size]:
         if letter in "bnkij" and size == 1:
             return 0, 1
         if letter == "b":
@@ -150,9 +150,9 @@ class Tile:
             array = lax.dynamic_slice(array, int32_starts(ranges), [size for _, size in ranges])
         return _arrange(array, *self._split(array.shape, roles), to)
 
-    def _split(self, shape: tuple[int, ...], roles: str) -> tuple[tuple[int, ...], str]:
+    def _split(self, shape: tuple[Size, ...], roles: str) -> tuple[tuple[Size, ...], str]:
         """Shape and letters of a cut array after n is split into h and r."""
-        sizes: list[int] = []
+        sizes: list[Size] = []
         letters = ""
         for letter, size in zip(roles, shape, strict=True):
             if letter == "n":
@@ -195,7 +195,7 @@ class Tile:
         return lax.dynamic_update_slice(buffer, block, starts)
 
 
-def _arrange(array: Any, sizes: tuple[int, ...], letters: str, to: str) -> Any:
+def _arrange(array: Any, sizes: tuple[Size, ...], letters: str, to: str) -> Any:
     """Reshape to `sizes`, order the axes as in `to`; size 1 for what `letters` lacks."""
     array = array.reshape(sizes)
     order = [letters.index(letter) for letter in to if letter in letters]
@@ -241,7 +241,7 @@ class Plan:
         return all(axis.block % 2 == 0 and not axis.overlaps for axis in (self.queries, self.keys))
 
     @property
-    def units(self) -> int:
+    def units(self) -> Size:
         """Number of groups of (batch, key head) that are walked one after another."""
         return (self.call.batch // self.batch) * (self.call.kv_heads // self.kv_heads)
 
