@@ -192,8 +192,8 @@ def make_attention_fn(
 def _merge_batch_axes(
     name: str,
     x: Array,
-    batch: tuple[int, ...],
-    pairs: tuple[int, int, int],
+    batch: tuple[Any, ...],
+    pairs: tuple[Any, Any, Any],
 ) -> Array:
     """(..., heads, q_len, kv_len), broadcasting on the left, to the same with one batch axis."""
     rank = len(batch) + 3
@@ -253,15 +253,19 @@ def _attend_with_one_dropout_mask(query: Array, key: Array, value: Array, **opti
     return mapped(grouped, key, value, terms).reshape(shape)
 
 
-def _lead_axes(name: str, x: Array, batch: int) -> tuple[Array, bool, bool]:
+def _lead_axes(name: str, x: Array, batch: Any) -> tuple[Array, bool, bool]:
     """The term without axes of size 1 for batch and heads, and whether it has each of them."""
     if name in ("bias", "mask"):
-        of_batch, of_head = x.shape[0] > 1, x.shape[1] > 1
-        return x.reshape([n for i, n in enumerate(x.shape) if i > 1 or n > 1]), of_batch, of_head
+        of_batch, of_head = (n not in (0, 1) for n in x.shape[:2])
+        return (
+            x.reshape([n for i, n in enumerate(x.shape) if i > 1 or n not in (0, 1)]),
+            of_batch,
+            of_head,
+        )
     if name in PER_HEAD:
         rows = x.reshape(-1, x.shape[-1]) if name == "relative_bias" else x.reshape(-1)
-        of_head = rows.shape[0] > 1
+        of_head = rows.shape[0] not in (0, 1)
         return rows if of_head else rows[0], False, of_head
     # One offset per query keeps an axis for the batch, which it must have.
     rows = x[:, None] if name == "q_offset" and x.ndim == 2 else x
-    return (rows, True, False) if x.shape[0] == batch > 1 else (x, False, False)
+    return (rows, True, False) if x.shape[0] == batch and batch not in (0, 1) else (x, False, False)

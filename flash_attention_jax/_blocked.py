@@ -34,7 +34,7 @@ import numpy as np
 from jax import lax
 
 from flash_attention_jax import _dropout, _masks, _online
-from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, TERM_ROLES, Arrays, Call, Size, known
 from flash_attention_jax._logits import LOGIT_TERMS, below, logits, product, scaled, term_axes
 from flash_attention_jax._online import compute_dtype, folded, folds_scale
 from flash_attention_jax._results import (
@@ -45,7 +45,7 @@ from flash_attention_jax._results import (
     sink_shares,
 )
 from flash_attention_jax._similarity import needs_running_maximum, normalised
-from flash_attention_jax._tiles import LANES, Plan, Tile, plan
+from flash_attention_jax._tiles import LANES, USUAL_GROUP, Plan, Tile, plan
 from flash_attention_jax._varying import axes_of, full, unified, vary
 
 COLUMNS = "bhjri"  # axes of a block of logits in the backward
@@ -59,7 +59,7 @@ def why_not(call: Call) -> str | None:
     """Why this engine cannot run the call."""
     if call.differentiation == "any":
         return "its custom rule has no forward mode (differentiation='any')"
-    return None
+    return call.symbolic_length
 
 
 def attend(call: Call, arrays: Arrays) -> Results:
@@ -119,7 +119,7 @@ def _plan(call: Call, *, sums_queries: bool) -> Plan:
 
 def _logits_of_a_head(steps: Plan) -> int:
     """How many logits a block holds for each key head."""
-    return steps.queries.block * steps.call.group_size * steps.keys.block
+    return steps.queries.block * known(steps.call.group_size, USUAL_GROUP) * steps.keys.block
 
 
 def _chains(steps: Plan, tile: Tile) -> list[Tile]:
@@ -324,7 +324,7 @@ class Slot:
 
     roles: str
     axes: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
 
 
 @dataclasses.dataclass(frozen=True)

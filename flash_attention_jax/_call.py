@@ -8,10 +8,11 @@ front (`_attention`) makes both; below it nothing is named twice and nothing is 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 Layout = Literal["heads_first", "heads_last"]
 Similarity = Literal["dot", "cosine"]
@@ -82,6 +83,29 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "rela
 """Names of the arrays that receive gradients."""
 
 
+Size: TypeAlias = Any
+"""A Python int, or an expression in symbols of `jax.export.symbolic_shape` (see `symbolic`)."""
+
+
+def symbolic(size: Size) -> bool:
+    """Whether a size is an expression in symbols of `jax.export.symbolic_shape`, not a number.
+
+    Such sizes add, multiply, hash and compare equal to themselves alone; whether one is less than
+    another can often not be told, and the question then raises. So nothing here asks.
+    """
+    return is_symbolic_dim(size)
+
+
+def known(size: Size, otherwise: int) -> int:
+    """The size, or `otherwise` where it is symbolic."""
+    return otherwise if symbolic(size) else size
+
+
+def as_index(size: Size) -> Any:
+    """A size to compute positions with: a symbolic one as an int32 scalar, a number as it is."""
+    return jnp.asarray(size, jnp.int32) if symbolic(size) else size
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What is static in one attention call: the key of the choice and of every engine's plan.
@@ -121,21 +145,21 @@ class Call:
     similarity: Similarity
     l2norm: bool
     groups: int
-    batch: int
-    q_len: int
-    k_len: int
-    heads: int
-    kv_heads: int
-    dim: int
-    v_dim: int
+    batch: Size
+    q_len: Size
+    k_len: Size
+    heads: Size
+    kv_heads: Size
+    dim: Size
+    v_dim: Size
     dtype: str
     scale: float | None
     causal: bool
     window: tuple[int | None, int | None]
-    offset: int
+    offset: Size
     softcap: float | None
     dropout_rate: float
-    terms: tuple[tuple[str, tuple[int, ...], str], ...]
+    terms: tuple[tuple[str, tuple[Size, ...], str], ...]
     block_q: int | None = None
     block_kv: int | None = None
     precision: Any = None
@@ -146,7 +170,7 @@ class Call:
     interpret: bool = False
 
     @property
-    def group_size(self) -> int:
+    def group_size(self) -> Size:
         """Query heads per key head."""
         return self.heads // max(self.kv_heads, 1)
 
@@ -164,9 +188,24 @@ class Call:
         """Whether the array `name` (a field of `Arrays`) is present."""
         return any(name == term for term, _, _ in self.terms)
 
-    def shape_of(self, name: str) -> tuple[int, ...] | None:
+    def shape_of(self, name: str) -> tuple[Size, ...] | None:
         """Shape of the term `name`, None where it is absent."""
         return next((shape for term, shape, _ in self.terms if term == name), None)
+
+    @property
+    def symbols(self) -> dict[str, Size]:
+        """The sizes that are symbolic, by their names."""
+        names = ("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "v_dim")
+        sizes = {name: getattr(self, name) for name in names}
+        return {name: size for name, size in sizes.items() if symbolic(size)}
+
+    @property
+    def symbolic_length(self) -> str | None:
+        """Why nothing can cut this call's lengths into blocks, None where both are numbers."""
+        lengths = {name: size for name, size in self.symbols.items() if name in ("q_len", "k_len")}
+        for name, size in lengths.items():
+            return f"its length is symbolic ({name} = {size}), and blocks are cut when it is traced"
+        return None
 
     @property
     def bound(self) -> float | None:
@@ -182,7 +221,7 @@ class Call:
             return abs(self.scale) * self.groups
         return None
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Size]:
         """Sizes of the axis letters of `ROLES` and `TERM_ROLES`."""
         return {
             "b": self.batch,
@@ -195,7 +234,7 @@ class Call:
             "g": self.q_len + self.k_len - 1,
         }
 
-    def shape(self, roles: str) -> tuple[int, ...]:
+    def shape(self, roles: str) -> tuple[Size, ...]:
         """The full shape of an array with these axes."""
         sizes = self.sizes()
         return tuple(sizes[letter] for letter in roles)

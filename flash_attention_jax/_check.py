@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flash_attention_jax._call import Size, symbolic
+
 FARTHEST = 2**30
 """The largest offset or window: sums of two of them are still int32."""
 
@@ -138,7 +140,7 @@ def agree(names: Sequence[str], what: str, arrays: Sequence[Any], advice: str) -
     raise ValueError(f"`{names[0]}` and `{names[1]}` must agree in {what}, got {listed}. {advice}")
 
 
-def broadcasts(name: str, x: Any, target: Sequence[int], axes: str, advice: str) -> None:
+def broadcasts(name: str, x: Any, target: Sequence[Size], axes: str, advice: str) -> None:
     """Every axis is 1 or the full size, counted from the last."""
     shape = tuple(x.shape)
     if len(shape) > len(target) or any(
@@ -149,7 +151,7 @@ def broadcasts(name: str, x: Any, target: Sequence[int], axes: str, advice: str)
 
 
 def shape_is(
-    name: str, x: Any, shapes: Iterable[tuple[int, ...]], meaning: str, advice: str
+    name: str, x: Any, shapes: Iterable[tuple[Size, ...]], meaning: str, advice: str
 ) -> None:
     """One of a few shapes."""
     if tuple(x.shape) not in set(shapes):
@@ -304,9 +306,10 @@ def offset_within(name: str, x: Any) -> None:
         fail(name, f"be within +-{FARTHEST}", str(worst), advice)
 
 
-def lengths_within(name: str, x: Any, limit: int) -> None:
+def lengths_within(name: str, x: Any, limit: Size) -> None:
     """Lengths of 0 .. limit, where they can be seen."""
     values = concrete(x)
+    limit = math.inf if symbolic(limit) else limit
     if values is not None and values.size and (values.min() < 0 or values.max() > limit):
         worst = int(values.max() if values.max() > limit else values.min())
         fail(

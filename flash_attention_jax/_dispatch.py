@@ -52,7 +52,7 @@ TABLE = (
     Implementation("blocked", _blocked.why_not, _blocked.attend),
     # Every mode of differentiation, about twice the work backward.
     Implementation("checkpointed", _checkpointed.why_not, _checkpointed.attend),
-    # O(T * S) memory: the oracle, never chosen unasked.
+    # O(T * S) memory: the oracle, chosen unasked only where a length is symbolic.
     Implementation("dense", _dense.why_not, _dense.attend, chosen=False),
 )
 
@@ -66,7 +66,8 @@ def choose(call: Call, name: str | None) -> Implementation:
         NotImplementedError: If the one named declines.
     """
     if name is None:
-        return next(entry for entry in TABLE if entry.chosen and entry.why_not(call) is None)
+        unasked = (entry for entry in TABLE if entry.chosen or call.symbolic_length)
+        return next(entry for entry in unasked if entry.why_not(call) is None)
     entry = next(entry for entry in TABLE if entry.name == name)
     reason = entry.why_not(call)
     if reason is not None:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flash_attention_jax._call import Size, as_index
+
 GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive j land far apart
 
 
@@ -47,7 +49,7 @@ def key_words(key: jax.Array) -> jax.Array:
 
 
 def row_words(
-    words: Any, heads: int, b: Any, h: Any, i: Any, origin: Any = None
+    words: Any, heads: Size, b: Any, h: Any, i: Any, origin: Any = None
 ) -> tuple[Any, Any]:
     """The two words of the rows at batch `b`, query head `h`, query `i` (integers, broadcast).
 
@@ -55,6 +57,7 @@ def row_words(
     integers: the heads of the larger one, and the batch, head, query and key in it at which the
     part begins. The bits are then those of the larger call.
     """
+    heads = as_index(heads)
     if origin is not None:
         heads, b, h, i = origin[0], b + origin[1], h + origin[2], i + origin[3]
     unit = (b * heads + h).astype(jnp.uint32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size
 from flash_attention_jax._masks import Positions
 from flash_attention_jax._results import Results, finite_or_zero, lse_of
 from flash_attention_jax._tiles import Tile
@@ -61,7 +61,7 @@ def term_axes(name: str, axes: str) -> str:
     return "bhrg" if name == "relative_bias" else axes
 
 
-def toeplitz(diagonals: jax.Array, rows: int, columns: int) -> jax.Array:
+def toeplitz(diagonals: jax.Array, rows: Size, columns: Size) -> jax.Array:
     """Spread diagonals, lowest first, to a matrix with entry j - i + rows - 1 at (i, j).
 
     By repeating and reading with a stride one shorter, so that the transpose is a reshape and a

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size, as_index
 from flash_attention_jax._tiles import Axis, Plan, Tile, int32_starts
 
 EMPTY, PARTIAL, FULL = np.int8(0), np.int8(1), np.int8(2)
@@ -37,17 +37,17 @@ class Positions(NamedTuple):
 def positions(call: Call, arrays: Arrays, tile: Tile, axes: str) -> Positions:
     """Positions in the tile, along the axes "bhrij" in the order of `axes`."""
 
-    def along(letter: str, start: Any, size: int) -> jax.Array:
+    def along(letter: str, start: Any, size: Size) -> jax.Array:
         values = jnp.arange(size, dtype=jnp.int32) + jnp.asarray(start, jnp.int32)
         return values.reshape([size if axis == letter else 1 for axis in axes])
 
     i = along("i", *tile.queries)
     offset = (
-        call.offset
+        as_index(call.offset)
         if arrays.q_offset is None
         else tile.take(arrays.q_offset, TERM_ROLES["q_offset"], axes)
     )
-    n = along("h", *tile.kv_heads) * call.group_size + along("r", 0, call.group_size)
+    n = along("h", *tile.kv_heads) * as_index(call.group_size) + along("r", 0, call.group_size)
     return Positions(along("b", *tile.batch), n, i, along("j", *tile.keys), i + offset)
 
 
@@ -175,7 +175,9 @@ class Visits:
         if not (masks_anything(call) or plan.keys.overlaps or plan.hides_queries):
             return cls(plan, None, None, None)
         offset = (
-            jnp.full((1, 1), call.offset, jnp.int32) if arrays.q_offset is None else arrays.q_offset
+            jnp.full((1, 1), as_index(call.offset), jnp.int32)
+            if arrays.q_offset is None
+            else arrays.q_offset
         )
         i = jnp.arange(call.q_len, dtype=jnp.int32)
         j = jnp.arange(call.k_len, dtype=jnp.int32)[None]
@@ -294,7 +296,7 @@ def _code(some: Any, every: Any) -> jax.Array:
 
 
 def _cut(tile: Tile, field: jax.Array, block: Any) -> jax.Array:
-    start, size = tile.batch if field.shape[0] > 1 else (0, 1)
+    start, size = tile.batch if field.shape[0] not in (0, 1) else (0, 1)
     field = lax.dynamic_slice_in_dim(field, start, size, 0)
     return field if block is None else lax.dynamic_slice_in_dim(field, block, 1, 1)
 
@@ -302,7 +304,7 @@ def _cut(tile: Tile, field: jax.Array, block: Any) -> jax.Array:
 def _cut_mask(tile: Tile, codes: jax.Array, query_block: Any, key_block: Any) -> jax.Array:
     """Classes of the mask for the tile's batches and heads: (size | 1, size | 1, free axis)."""
     group = tile.call.group_size
-    ranges = [tile.batch, (tile.kv_heads[0] * group, tile.kv_heads[1] * group)]
+    ranges = [tile.batch, (tile.kv_heads[0] * as_index(group), tile.kv_heads[1] * group)]
     ranges += [(0, codes.shape[2]) if query_block is None else (query_block, 1)]
     ranges += [(0, codes.shape[3]) if key_block is None else (key_block, 1)]
     ranges = [(0, 1) if size == 1 else cut for cut, size in zip(ranges, codes.shape, strict=True)]
@@ -358,14 +360,14 @@ def _mask_classes(plan: Plan, mask: jax.Array) -> jax.Array:
     block along i and j.
     """
     batch, heads, i_size, j_size = mask.shape
-    queries, keys = plan.queries, plan.keys
+    queries, keys, across = plan.queries, plan.keys, as_index(heads)
 
     def row(index: jax.Array) -> jax.Array:
         rest, block = index // queries.count, index % queries.count
         # A kernel's block may be longer than the mask.
         start = 0 if i_size == 1 else jnp.maximum(queries.start(block), 0)
         size = min(queries.block, i_size)
-        cut = ((rest // heads, 1), (rest % heads, 1), (start, size), (0, j_size))
+        cut = ((rest // across, 1), (rest % across, 1), (start, size), (0, j_size))
         rows = lax.dynamic_slice(mask, int32_starts(cut), [size for _, size in cut])[0, 0]
         if j_size == 1:
             rows = jnp.broadcast_to(rows, (size, 1))

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flash_attention_jax import _parts
 from flash_attention_jax._blocked import split
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call
+from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size
 from flash_attention_jax._results import Results, saved
 from flash_attention_jax._similarity import normalised
 
@@ -85,12 +85,15 @@ class Cut:
             _dividing(call.kv_heads, _names(entries["n"]), sizes),
         )
 
-    def spec(self, call: Call, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+    def spec(self, call: Call, name: str, shape: tuple[Size, ...]) -> PartitionSpec:
         """Where an array of the call, a result or a gradient lies."""
         places = {"b": self.batch, "n": self.heads, "k": self.heads}
         letters = _parts.roles(call.layout, name)
         return PartitionSpec(
-            *(places.get(r) or None if n > 1 else None for r, n in zip(letters, shape, strict=True))
+            *(
+                places.get(r) or None if n not in (0, 1) else None
+                for r, n in zip(letters, shape, strict=True)
+            )
         )
 
     def local(self, call: Call, given: Blocks) -> tuple[Call, Blocks]:
@@ -113,13 +116,13 @@ class Cut:
         )
         return dataclasses.replace(call, **sizes, terms=terms), given
 
-    def summed(self, call: Call, name: str, whole: tuple[int, ...]) -> Names:
+    def summed(self, call: Call, name: str, whole: tuple[Size, ...]) -> Names:
         """The axes along which devices hold shares of one gradient, of this shape in all."""
         size = dict(zip(_parts.roles(call.layout, name), whole, strict=True))
         axes: Names = ()
-        if call.batch > 1 and size.get("b", 1) == 1:
+        if call.batch not in (0, 1) and size.get("b", 1) == 1:
             axes += self.batch
-        if "k" not in size and call.heads > 1 and size.get("n", 1) == 1:
+        if "k" not in size and call.heads not in (0, 1) and size.get("n", 1) == 1:
             axes += self.heads
         return axes
 
@@ -291,11 +294,11 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
     """Shardy's rule: which axes go together. An axis of size 1 goes with none."""
     alone = 0
 
-    def letters(name: str, shape: tuple[int, ...]) -> str:
+    def letters(name: str, shape: tuple[Size, ...]) -> str:
         nonlocal alone
         words = []
         for letter, size in zip(_parts.roles(call.layout, _array(name)), shape, strict=True):
-            together = letter in "bnk" and size > 1
+            together = letter in "bnk" and size not in (0, 1)
             alone += not together
             words.append(letter if together else f"z{alone}")
         return " ".join(words)

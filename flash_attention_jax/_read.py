@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flash_attention_jax import _check, _dropout
-from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity
+from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity, Size, symbolic
 from flash_attention_jax.kernels import _support
 
 
@@ -85,8 +85,8 @@ class Reading:
 
     call: Call
     given: dict[str, Any]
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
+    out_shape: tuple[Size, ...]
+    lse_shape: tuple[Size, ...]
     offset_given: bool = False
 
 
@@ -195,7 +195,7 @@ def read(
         scale=scale,
         causal=causal,
         window=window,
-        offset=offset if isinstance(offset, int) else 0,
+        offset=0 if "q_offset" in terms else offset,
         softcap=None
         if softcap is None
         else _check.number(reader.name("softcap"), softcap, positive=True),
@@ -237,7 +237,7 @@ def _capability(platform: str) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-Term = tuple[Any, tuple[int, ...], str]
+Term = tuple[Any, tuple[Size, ...], str]
 """An array as given, and the shape and dtype that the engines want it in."""
 
 
@@ -263,7 +263,7 @@ class _Reader:
 
     def shapes(
         self, q: Any, k: Any, v: Any
-    ) -> tuple[dict[str, int], tuple[int, ...], tuple[int, ...]]:
+    ) -> tuple[dict[str, Size], tuple[Size, ...], tuple[Size, ...]]:
         """Sizes of the call, and the shapes of out and lse in the rank of q."""
         for name, x in zip(self.qkv, (q, k, v), strict=True):
             _check.floating(name, x)
@@ -293,7 +293,7 @@ class _Reader:
         out_shape = (*q.shape[:-1], v.shape[-1])
         return sizes, tuple(out_shape), tuple(q.shape[:-1])
 
-    def _heads_first(self, q: Any, k: Any, v: Any) -> dict[str, int]:
+    def _heads_first(self, q: Any, k: Any, v: Any) -> dict[str, Size]:
         q_name, k_name, v_name = self.qkv
         _check.rank(q_name, q, (2, 3, 4), "(n, d), (bh, n, d) or (b, h, n, d)")
         ranks = {2: (2,), 3: (3,), 4: (3, 4)}[len(q.shape)]
@@ -329,7 +329,7 @@ class _Reader:
             "v_dim": v.shape[-1],
         }
 
-    def _heads_last(self, q: Any, k: Any, v: Any) -> dict[str, int]:
+    def _heads_last(self, q: Any, k: Any, v: Any) -> dict[str, Size]:
         q_name, k_name, v_name = self.qkv
         _check.rank(q_name, q, (3, 4), "(length, heads, dim) or (batch, length, heads, dim)")
         axes = f"{'(batch, ' if len(q.shape) == 4 else '('}length, key heads, dim)"
@@ -361,7 +361,7 @@ class _Reader:
 
     # --- masks and bias ---
 
-    def masks(self, mask: Any, sizes: dict[str, int], bias_batch_dim: bool) -> dict[str, Term]:
+    def masks(self, mask: Any, sizes: dict[str, Size], bias_batch_dim: bool) -> dict[str, Term]:
         """The dense mask, the bias and the relative bias."""
         terms: dict[str, Term] = {}
         if mask is not None:
@@ -382,7 +382,8 @@ class _Reader:
         relative = self.options.get("relative_bias")
         if relative is not None:
             _check.floating("relative_bias", relative)
-            diagonals = max(sizes["q_len"] + sizes["k_len"] - 1, 0)
+            diagonals = sizes["q_len"] + sizes["k_len"] - 1
+            diagonals = 0 if diagonals == -1 else diagonals
             shapes = {(diagonals,), (sizes["heads"], diagonals), (1, diagonals)}
             meaning = (
                 f"(heads, q_len + k_len - 1) = {(sizes['heads'], diagonals)} or without the heads"
@@ -394,8 +395,8 @@ class _Reader:
         return terms
 
     def _four_axes(
-        self, name: str, x: Any, sizes: dict[str, int], *, is_mask: bool, batch_dim: bool = False
-    ) -> tuple[int, ...]:
+        self, name: str, x: Any, sizes: dict[str, Size], *, is_mask: bool, batch_dim: bool = False
+    ) -> tuple[Size, ...]:
         """The shape (b, h, i, j), with ones, that a mask or bias of fewer axes stands for."""
         b, h, i, j = sizes["batch"], sizes["heads"], sizes["q_len"], sizes["k_len"]
         shape = tuple(x.shape)
@@ -443,7 +444,7 @@ class _Reader:
 
     # --- per token ---
 
-    def per_token(self, sizes: dict[str, int]) -> dict[str, Term]:
+    def per_token(self, sizes: dict[str, Size]) -> dict[str, Term]:
         """Lengths, segment ids and the offset of the diagonal."""
         terms: dict[str, Term] = {}
         batch = sizes["batch"]
@@ -459,7 +460,9 @@ class _Reader:
                 terms[canonical] = (x, (batch,), "int32")
         terms |= self._segments(sizes)
         offset = self.options.get("q_offset")
-        if isinstance(offset, int) and not isinstance(offset, bool):
+        if symbolic(offset):
+            pass  # k_len - q_len of symbolic lengths, say
+        elif isinstance(offset, int) and not isinstance(offset, bool):
             _check.offset_within("q_offset", offset)
         elif offset is not None:
             if isinstance(offset, (bool, float)):
@@ -476,7 +479,7 @@ class _Reader:
             terms["q_offset"] = (offset, shapes[tuple(offset.shape)], "int32")
         return terms
 
-    def _segments(self, sizes: dict[str, int]) -> dict[str, Term]:
+    def _segments(self, sizes: dict[str, Size]) -> dict[str, Term]:
         pair = [self.options.get(name) for name in ("q_segment_ids", "kv_segment_ids")]
         if all(x is None for x in pair):
             return {}
@@ -493,7 +496,7 @@ class _Reader:
                 )
             _check.integer(name, x)
             shapes = {(length,), (1, length), (sizes["batch"], length)}
-            if sizes["batch"] > 1:
+            if sizes["batch"] not in (0, 1):
                 shapes -= {(length,)}
             meaning = f"(batch, length) = {(sizes['batch'], length)}"
             advice = "Pass one id per token; those that all batch entries share are ids[None]."
@@ -504,7 +507,7 @@ class _Reader:
 
     # --- per head ---
 
-    def per_head(self, sizes: dict[str, int]) -> dict[str, Term]:
+    def per_head(self, sizes: dict[str, Size]) -> dict[str, Term]:
         """Sinks and ALiBi slopes."""
         terms: dict[str, Term] = {}
         heads = sizes["heads"]
@@ -520,13 +523,16 @@ class _Reader:
         return terms
 
     def scale(
-        self, default: float | None, sizes: dict[str, int]
+        self, default: float | None, sizes: dict[str, Size]
     ) -> tuple[float | None, dict[str, Term]]:
         """The scale as a number, or as an array per head."""
         x: Any = self.options.get("scale")
+        name = self.name("scale")
+        if x is None and default is None and symbolic(sizes["dim"]):
+            advice = "Pass jnp.asarray(dim, jnp.float32) ** -0.5, of q's last axis."
+            _check.fail(name, "be given where the dimension is symbolic", "None", advice)
         if x is None:
             return (sizes["dim"] ** -0.5 if default is None else default), {}
-        name = self.name("scale")
         if isinstance(x, (bool, int, float, np.generic)):
             return _check.number(name, x), {}
         if isinstance(x, (str, complex)):

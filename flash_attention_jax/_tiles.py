@@ -15,10 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._call import Call
+from flash_attention_jax._call import Call, Size, as_index, known
 
 LANES = 64
 """A matrix product on a CPU treats so many columns alike, and those that are left over apart."""
+
+USUAL_GROUP = 8
+"""Query heads per key head that a plan reckons with where their number is symbolic."""
 
 Index = Any  # a Python int or a traced int32 scalar
 
@@ -69,7 +72,7 @@ def balanced(length: int, block: int) -> Axis:
     return Axis(length, max(1, even))
 
 
-def int32_starts(ranges: Sequence[tuple[Index, int]]) -> list[Any]:
+def int32_starts(ranges: Sequence[tuple[Index, Size]]) -> list[Any]:
     """Starts of ranges in one dtype, whatever Python ints are under `jax_enable_x64`."""
     return [jnp.asarray(start, jnp.int32) for start, _ in ranges]
 
@@ -90,10 +93,10 @@ class Tile:
     """
 
     call: Call
-    batch: tuple[Index, int]
-    kv_heads: tuple[Index, int]
-    queries: tuple[Index, int]
-    keys: tuple[Index, int]
+    batch: tuple[Index, Size]
+    kv_heads: tuple[Index, Size]
+    queries: tuple[Index, Size]
+    keys: tuple[Index, Size]
     fresh_queries: Index | None = None
     fresh_keys: Index | None = None
 
@@ -111,7 +114,7 @@ class Tile:
             for h in range(heads)
         ]
 
-    def _range(self, letter: str, size: int) -> tuple[Index, int]:
+    def _range(self, letter: str, size: Size) -> tuple[Index, Size]:
         if letter in "bnkij" and size == 1:
             return 0, 1
         if letter == "b":
@@ -120,7 +123,8 @@ class Tile:
             return self.kv_heads
         if letter == "n":
             start, count = self.kv_heads
-            return start * self.call.group_size, count * self.call.group_size
+            group = self.call.group_size
+            return start * as_index(group), count * group
         if letter == "i":
             return self.queries
         if letter == "j":
@@ -146,9 +150,9 @@ class Tile:
             array = lax.dynamic_slice(array, int32_starts(ranges), [size for _, size in ranges])
         return _arrange(array, *self._split(array.shape, roles), to)
 
-    def _split(self, shape: tuple[int, ...], roles: str) -> tuple[tuple[int, ...], str]:
+    def _split(self, shape: tuple[Size, ...], roles: str) -> tuple[tuple[Size, ...], str]:
         """Shape and letters of a cut array after n is split into h and r."""
-        sizes: list[int] = []
+        sizes: list[Size] = []
         letters = ""
         for letter, size in zip(roles, shape, strict=True):
             if letter == "n":
@@ -191,7 +195,7 @@ class Tile:
         return lax.dynamic_update_slice(buffer, block, starts)
 
 
-def _arrange(array: Any, sizes: tuple[int, ...], letters: str, to: str) -> Any:
+def _arrange(array: Any, sizes: tuple[Size, ...], letters: str, to: str) -> Any:
     """Reshape to `sizes`, order the axes as in `to`; size 1 for what `letters` lacks."""
     array = array.reshape(sizes)
     order = [letters.index(letter) for letter in to if letter in letters]
@@ -237,14 +241,14 @@ class Plan:
         return all(axis.block % 2 == 0 and not axis.overlaps for axis in (self.queries, self.keys))
 
     @property
-    def units(self) -> int:
+    def units(self) -> Size:
         """Number of groups of (batch, key head) that are walked one after another."""
         return (self.call.batch // self.batch) * (self.call.kv_heads // self.kv_heads)
 
     def tile(self, unit: Index, query_block: Index, key_block: Index) -> Tile:
         """The tile of one step."""
-        across = self.call.kv_heads // self.kv_heads
-        batch, head = (unit // across, unit % across) if self.units > 1 else (0, 0)
+        across = as_index(self.call.kv_heads // self.kv_heads)
+        batch, head = (unit // across, unit % across) if self.units not in (0, 1) else (0, 0)
         return Tile(
             self.call,
             (batch * self.batch, self.batch),
@@ -264,6 +268,8 @@ def largest_divisor(number: int, at_most: int) -> int:
 def plan(call: Call, block_q: int, block_kv: int, elements: int, *, sums_queries: bool) -> Plan:
     """Make the plan: blocks near the sizes wished for, and as many heads at once as fit.
 
+    Batches or key heads whose number is symbolic are walked one at a time.
+
     Args:
         call: The call.
         block_q: Queries per block and group of heads; a block holds that many rows, whatever the
@@ -272,12 +278,13 @@ def plan(call: Call, block_q: int, block_kv: int, elements: int, *, sums_queries
         elements: Logits that one step may hold at most.
         sums_queries: As in `Plan`.
     """
-    rows = call.block_q or max(1, math.ceil(block_q / max(1, call.group_size)))
+    group = known(call.group_size, USUAL_GROUP)
+    rows = call.block_q or max(1, math.ceil(block_q / max(1, group)))
     queries = balanced(call.q_len, rows)
     keys = balanced(call.k_len, call.block_kv or block_kv)
-    room = elements // max(1, queries.block * keys.block * call.group_size)
-    kv_heads = largest_divisor(max(1, call.kv_heads), room)
-    batch = (
-        largest_divisor(max(1, call.batch), room // kv_heads) if kv_heads == call.kv_heads else 1
-    )
+    room = elements // max(1, queries.block * keys.block * group)
+    kv_heads = largest_divisor(max(1, known(call.kv_heads, 1)), room)
+    batch = 1
+    if kv_heads == call.kv_heads:
+        batch = largest_divisor(max(1, known(call.batch, 1)), room // kv_heads)
     return Plan(call, queries, keys, batch, kv_heads, sums_queries)

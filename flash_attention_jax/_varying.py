@@ -37,6 +37,6 @@ def unified(tree: T) -> T:
     return vary(tree, axes_of(tree))
 
 
-def full(shape: tuple[int, ...], value: Any, dtype: Any, like: Any) -> jax.Array:
+def full(shape: tuple[Any, ...], value: Any, dtype: Any, like: Any) -> jax.Array:
     """An array to start a sum with, typed as varying over the axes of the tree `like`."""
     return vary(jnp.full(shape, value, dtype), axes_of(like))

@@ -77,6 +77,8 @@ def out_of_reach(call: Call) -> str | None:
     """Why no kernel takes `call`, of whatever backend, or None."""
     if call.differentiation == "any":
         return "its custom rule has no forward mode (differentiation='any')"
+    for name, size in call.symbols.items():
+        return f"its grid needs numbers, and {name} is symbolic ({size})"
     if 0 in (call.batch, call.q_len, call.k_len, call.heads):
         return "there is nothing to compute: an axis has size 0"
     for name, size in (("head dimension", call.dim), ("v's dimension", call.v_dim)):
