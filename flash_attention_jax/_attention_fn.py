@@ -38,6 +38,7 @@ def attention_fn(
     attn_weights_value_einsum: Any = None,
     promote_dtype: Any = None,
     is_causal: bool = False,
+    input_positions: Any = None,
     **options: Any,
 ) -> Float[Array, "*batch q_len heads v_dim"]:
     """The `dot_product_attention` of `flax.linen` and of `flax.nnx`, in O(n) memory.
@@ -71,6 +72,7 @@ def attention_fn(
         attn_weights_value_einsum: must be `None`.
         promote_dtype: as in `flax.nnx`: what brings (query, key, value) into one dtype.
         is_causal: query i attends to keys j <= i, as `flax.nnx` asks for it.
+        input_positions: must be `None`: no position enters here.
         **options: further options of `flash_attention_jax.dot_product_attention`, see
             `make_attention_fn`.
 
@@ -78,7 +80,8 @@ def attention_fn(
         (..., q_len, heads, v_dim), in the dtype computed in.
 
     Raises:
-        NotImplementedError: the weights were asked for (`sow_weights=True`), or another einsum.
+        NotImplementedError: the weights were asked for (`sow_weights=True`), another einsum, or
+            `input_positions` were given.
         TypeError: as `flash_attention_jax.dot_product_attention` does.
         ValueError: dropout without a key, or as `flash_attention_jax.dot_product_attention` does.
 
@@ -105,6 +108,13 @@ def attention_fn(
                 f"`{name}` must be None with this attention_fn, got {einsum!r}. "
                 "Use Flax's own dot_product_attention for another einsum."
             )
+    if input_positions is not None:
+        raise NotImplementedError(
+            f"`input_positions` must be None with this attention_fn, got "
+            f"{_check.shown(input_positions)}. Give the layer a function of your own that rotates "
+            "query and key first (flash_attention_jax.rotary.apply_rotary takes "
+            '`positions=input_positions, layout="heads_last"`) and calls this one without them.'
+        )
     inputs: Any = (query, key, value)
     if promote_dtype is not None:
         query, key, value = promote_dtype(inputs, dtype=dtype)

@@ -29,8 +29,12 @@ from flash_attention_jax.sharding import Placement
 Initializer: TypeAlias = Callable[..., Any]
 """(key, shape, dtype) -> array, as in `jax.nn.initializers`."""
 
-LECUN_NORMAL = initializers.lecun_normal()
 NORM_EPSILON = 1e-6  # as in RMSNorm of Flax
+
+
+def lecun_normal(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """`jax.nn.initializers.lecun_normal()`, which is a closure, under a name that pickle finds."""
+    return initializers.lecun_normal()(key, shape, dtype)
 
 
 class CallOptions(TypedDict, total=False):
@@ -89,7 +93,9 @@ class AttentionLayer:
         dtype: dtype of the computation; `None` = the common one of the input and the parameters.
         param_dtype: dtype of the parameters.
         deterministic: no dropout. Where `dropout` is positive, say it here or in the call.
-        kernel_init: initialiser of the projections, for a shape (features in, features out).
+        kernel_init: initialiser of the projections, for a shape (features in, features out), as a
+            function or with Flax's partitioning metadata: names of these two axes, of which that of
+            (heads, dim_head) cuts the heads, or of the parameter's three.
         value_init: initialiser of the projection to values; `None` = kernel_init.
         out_init: initialiser of the output projection; `None` = kernel_init.
         placement: a mesh and its axes, over which sequences, batch and heads are cut; a cache is
@@ -131,7 +137,7 @@ class AttentionLayer:
     dtype: Any = None
     param_dtype: Any = jnp.float32
     deterministic: bool | None = None
-    kernel_init: Initializer = LECUN_NORMAL
+    kernel_init: Initializer = lecun_normal
     value_init: Initializer | None = None
     out_init: Initializer | None = None
     placement: Placement | None = None
@@ -178,11 +184,12 @@ class AttentionLayer:
                 beyond its end (outside `jit`; inside, as `flash_attention_jax.cache.append` says).
         """
         weights = {name: self._parameter(name, *rest) for name, rest in self._parameters().items()}
-        cache = self._read_cache(x.shape[0], x.shape[1]) if decode else None
-        self._check_inputs(x, context, cache, options)
+        self._check_arrays(x, context)
         dtype = self.dtype or jnp.result_type(
             x, x if context is None else context, *weights.values()
         )
+        cache = self._read_cache(x.shape[0], x.shape[1], dtype) if decode else None
+        self._check_inputs(context, cache, options)
         terms = self._terms(weights, options, np.promote_types(dtype, np.float32))
         if self._drops(deterministic):
             terms |= {"dropout_rate": self.dropout, "dropout_key": self._dropout_key()}
@@ -206,7 +213,7 @@ class AttentionLayer:
         """The parameter, where there is none yet a new one."""
         raise NotImplementedError
 
-    def _read_cache(self, batch: int, length: int) -> KVCache | None:
+    def _read_cache(self, batch: int, length: int, dtype: Any) -> KVCache | None:
         """The cache to decode with; None while the layer is initialised."""
         raise NotImplementedError
 
@@ -286,7 +293,8 @@ class AttentionLayer:
     def _empty_cache(self, batch: int, length: int, dtype: Any = None) -> KVCache:
         """A cache for this layer."""
         _, kv_heads, dim_head = self._sizes()
-        dtype = dtype or self.dtype or self.param_dtype
+        # Without a `dtype`, inputs are taken to be float32: what they are is not known yet.
+        dtype = dtype or self.dtype or np.promote_types(self.param_dtype, np.float32)
         return init_cache(batch, length, kv_heads, dim_head, window=self._left(), dtype=dtype)
 
     def _drops(self, deterministic: bool | None) -> bool:
@@ -348,7 +356,12 @@ class AttentionLayer:
             )
         else:
             lengths: Any = options.get("lengths")
+            # A cache that is wider than the computation is read as it is, and nothing is copied.
+            stored, computed = cache.key.dtype, query.dtype
+            if stored.itemsize >= computed.itemsize:
+                query, key, value = (x.astype(stored) for x in (query, key, value))
             out, cache = cached_attention(query, key, value, cache, lengths=lengths, **terms)
+            out = out.astype(computed)
         y = jnp.einsum("btnh,nhd->btd", out, weights["out_kernel"], precision=self.precision)
         return (y + weights["out_bias"] if self.use_bias else y), cache
 
@@ -389,16 +402,8 @@ class AttentionLayer:
             terms["sinks"] = weights["sink_logits"].astype(wide)
         return terms
 
-    def _check_inputs(
-        self, x: ArrayLike, context: ArrayLike | None, cache: KVCache | None, options: CallOptions
-    ) -> None:
-        """Names, shapes, and arguments that exclude each other."""
-        unknown = set(options) - CallOptions.__annotations__.keys()
-        if unknown:
-            known = ", ".join(CallOptions.__annotations__)
-            raise TypeError(
-                f"`Attention` got an unexpected keyword argument {min(unknown)!r}. Known: {known}."
-            )
+    def _check_arrays(self, x: ArrayLike, context: ArrayLike | None) -> None:
+        """Dtypes and shapes of the inputs."""
         for name, array in (("x", x), ("context", context)):
             if array is not None:
                 _check.floating(name, array)
@@ -406,6 +411,17 @@ class AttentionLayer:
                     requirement = f"have shape (batch, length, dim) with dim={self.dim}"
                     advice = f"Set the `dim` of this Attention to the features of `{name}`."
                     _check.fail(name, requirement, f"shape {tuple(array.shape)}", advice)
+
+    def _check_inputs(
+        self, context: ArrayLike | None, cache: KVCache | None, options: CallOptions
+    ) -> None:
+        """Names, and arguments that exclude each other."""
+        unknown = set(options) - CallOptions.__annotations__.keys()
+        if unknown:
+            known = ", ".join(CallOptions.__annotations__)
+            raise TypeError(
+                f"`Attention` got an unexpected keyword argument {min(unknown)!r}. Known: {known}."
+            )
         if context is not None and self.rotary:
             advice = "Positions in two sequences are not comparable: use rotary=False here."
             _check.fail("context", "be None where `rotary`", _check.shown(context), advice)
@@ -441,9 +457,33 @@ def _as_matrix(init: Initializer, inputs: int) -> Initializer:
 
     def initialise(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         flat = (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
-        return init(key, flat, dtype).reshape(shape)
+        return _reshaped(init(key, flat, dtype), shape, inputs)
 
     return initialise
+
+
+def _reshaped(made: Any, shape: tuple[int, ...], inputs: int) -> Any:
+    """A matrix in its parameter's shape, also in a box of linen or of nnx with its partitioning."""
+
+    def named(names: Any) -> Any:
+        if names is None or isinstance(names, str) or len(names) != 2:
+            return names
+        # Of the axes that one axis of the matrix became, the name cuts the first.
+        first, last = names
+        three = (first, last, None) if inputs == 1 else (first, None, last)
+        return type(names)(three) if isinstance(names, (tuple, list)) else type(names)(*three)
+
+    if hasattr(made, "raw_value"):  # flax.nnx.VariableMetadata
+        metadata = {
+            name: named(x) if name in ("out_sharding", "sharding", "sharding_names") else x
+            for name, x in made.metadata.items()
+        }
+        return dataclasses.replace(made, raw_value=made.raw_value.reshape(shape), metadata=metadata)
+    # A box of linen is a pytree of one array.
+    made = jax.tree.map(lambda x: x.reshape(shape), made)
+    if hasattr(made, "names"):  # flax.linen.Partitioned, LogicallyPartitioned
+        return dataclasses.replace(made, names=named(made.names))
+    return made
 
 
 def _rms_norm(x: Array, gain: Array) -> Array:

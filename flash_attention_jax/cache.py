@@ -30,7 +30,6 @@ SET_BY_THE_CACHE = {
     "q_offset": "The cache counts its tokens.",
     "query_seq_lengths": "Give `lengths`, the new tokens of each sequence.",
     "key_value_seq_lengths": "Give `lengths`, the new tokens of each sequence.",
-    "relative_bias": "Its entries count from the first new token; use alibi_slopes.",
 }
 """Options of `dot_product_attention` that have no place beside a cache, and what to do instead."""
 
@@ -72,6 +71,52 @@ class KVCache:
         """Whether new tokens take the slots of those that left the window, without end."""
         return self.window is not None and self.capacity == self.window + 1
 
+    def trim(self, n: int | Int[ArrayLike, " batch"]) -> KVCache:
+        """Takes the last tokens of each sequence out again, as those of a draft that was refused.
+
+        Args:
+            n: how many, at least 0: one number, or integers (batch,). Where they are more than a
+                sequence has: an error outside `jit`; inside, all of it.
+
+        Returns:
+            The cache without them; nothing is copied.
+
+        Raises:
+            TypeError: `n` is no integer.
+            ValueError: the cache is a ring, or `n` is out of the range said above.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> key = jnp.ones((2, 3, 1, 4), jnp.float32)
+            >>> cache = append(init_cache(2, 8, 1, 4), key, key)
+            >>> cache.trim(jnp.array([0, 2])).lengths.tolist()
+            [3, 1]
+        """
+        if self.is_ring:
+            got = f"a ring of {self.capacity} slots (window={self.window})"
+            advice = (
+                "The last tokens lie where older ones lay, which the query before them sees: go on "
+                "from the cache that you had before them, or make one without a window."
+            )
+            _check.fail("cache", "hold every token where it is trimmed", got, advice)
+        if isinstance(n, (int, np.integer)) and not isinstance(n, bool):
+            n = np.asarray(
+                _check.whole("n", n, least=0, advice="Add tokens with append."), np.int32
+            )
+        _check.integer("n", n)
+        shape = self.lengths.shape
+        _check.shape_is("n", n, [(), shape], f"() or (batch,) = {shape}", "One per sequence.")
+        taken, held = _check.concrete(n), _check.concrete(self.lengths)
+        if taken is not None and (taken.min(initial=0) < 0 or held is not None):
+            wrong = (taken < 0) | (False if held is None else taken > held)
+            if wrong.any():
+                row = int(np.argmax(np.broadcast_to(wrong, shape)))
+                got = f"{np.broadcast_to(taken, shape)[row]} in sequence {row}"
+                limit = "" if held is None else f" and the {held[row]} tokens that are there"
+                _check.fail("n", f"be within 0{limit}", got, "It is how many tokens to take out.")
+        count = jnp.maximum(jnp.asarray(n).astype(jnp.int32), 0)
+        return dataclasses.replace(self, lengths=jnp.maximum(self.lengths - count, 0))
+
 
 def init_cache(
     batch: int,
@@ -93,13 +138,14 @@ def init_cache(
         v_dim: features of each value; None = dim.
         window: how many tokens before its own a query sees; None = all. Where that is less than
             `length - 1`, the cache is a ring of `window + 1` slots and may be filled without end.
-        dtype: of keys and values.
+        dtype: in which keys and values are stored, a float; it may be narrower than that of the
+            tokens.
 
     Returns:
         A cache of `length` slots, or of `window + 1` where these are fewer.
 
     Raises:
-        TypeError: a size is not an integer.
+        TypeError: a size is not an integer, or `dtype` no float.
         ValueError: a size is under 1, or `window` under 0.
 
     Example:
@@ -115,6 +161,9 @@ def init_cache(
     if window is not None:
         window = _check.whole("window", window, least=0, advice="Use None for all tokens.")
         length = min(length, window + 1)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        advice = "Keys and values are stored by rounding alone."
+        _check.fail("dtype", "be a float", str(jnp.dtype(dtype)), advice, TypeError)
     # Two buffers even where the shapes agree: one array cannot be donated twice.
     return KVCache(
         jnp.zeros((batch, length, kv_heads, dim), dtype),
@@ -138,8 +187,8 @@ def append(
 
     Args:
         cache: the cache.
-        key: (batch, new, kv_heads, dim), in the cache's dtype.
-        value: (batch, new, kv_heads, v_dim), in the cache's dtype.
+        key: (batch, new, kv_heads, dim), in the cache's dtype or a wider one, which is rounded.
+        value: (batch, new, kv_heads, v_dim), the same.
         lengths: (batch,) integers of 0 .. new: how many of the new tokens each sequence really has,
             those on the left. None = all.
 
@@ -147,7 +196,7 @@ def append(
         The cache with the new tokens.
 
     Raises:
-        TypeError: a dtype is not that of the cache.
+        TypeError: a dtype is neither that of the cache nor wider.
         ValueError: a shape does not fit the cache, or the tokens do not (outside `jit`).
 
     Example:
@@ -174,8 +223,8 @@ def append(
     rows = jnp.arange(before.size, dtype=jnp.int32)[:, None]
     return dataclasses.replace(
         cache,
-        key=cache.key.at[rows, slots].set(jnp.asarray(key), mode="drop"),
-        value=cache.value.at[rows, slots].set(jnp.asarray(value), mode="drop"),
+        key=cache.key.at[rows, slots].set(_stored(key, cache), mode="drop"),
+        value=cache.value.at[rows, slots].set(_stored(value, cache), mode="drop"),
         lengths=after,
     )
 
@@ -196,9 +245,11 @@ def cached_attention(
     to rounding.
 
     A step reads the slots that are filled, in time, and copies nothing as large as the cache,
-    except in a ring with more than one new token or with ALiBi: there the slots are first brought
-    into the order of the tokens. Overrun is as `append` says: an error outside `jit`; inside, a
-    dropped token's query sees the tokens that are stored, and no other.
+    except in a ring with more than one new token or with ALiBi, where the slots are first brought
+    into the order of the tokens, with a relative bias and more than one new token, and where the
+    cache has a narrower dtype than the tokens and is widened for the call. Overrun is as
+    `append` says: an error outside `jit`; inside, a dropped token's query sees the tokens that
+    are stored, and no other.
 
     Args:
         query: (batch, new, heads, dim); heads a multiple of kv_heads.
@@ -210,7 +261,9 @@ def cached_attention(
             those on the left; the outputs of the others are 0. None = all.
         **options: keywords of `dot_product_attention`: similarity, scale, logits_soft_cap, sinks,
             alibi_slopes, implementation, ... If the cache is no ring, also mask, bias and segment
-            ids, whose axis of keys has the length `capacity`.
+            ids, whose axis of keys has the length `capacity`. A `relative_bias` is that of a pass
+            over n tokens in all, of length 2 * n - 1, with n at least `capacity`: entry j - i + n -
+            1 is added at positions i and j, as in `dot_product_attention`.
 
     Returns:
         What `dot_product_attention` returns, (batch, new, heads, v_dim), and the cache with the new
@@ -241,36 +294,120 @@ def cached_attention(
             got = _check.shown(options[name])
             _check.fail(name, "be left out beside a cache", got, advice)
     after = append(cache, key, value, lengths)
+    relative = _check_relative(options.pop("relative_bias", None), query, cache)
     if lengths is not None:
         options["query_seq_lengths"] = jnp.asarray(lengths).astype(jnp.int32)
-    if not cache.is_ring:
-        out = dot_product_attention(
-            query,
-            after.key,
-            after.value,
-            is_causal=True,
-            local_window_size=None if cache.window is None else (cache.window, 0),
-            q_offset=cache.lengths,
-            key_value_seq_lengths=after.lengths,
-            **options,
-        )
-        return out, after
-    for name in IN_ORDER_OF_KEYS:
-        if options.get(name) is not None:
-            got, advice = _check.shown(options[name]), "Make a cache without a window."
-            _check.fail(name, "be None beside a ring", got, advice)
-    if query.shape[1] == 1 and options.get("alibi_slopes") is None:
+    if cache.is_ring:
+        for name in IN_ORDER_OF_KEYS:
+            if options.get(name) is not None:
+                got, advice = _check.shown(options[name]), "Make a cache without a window."
+                _check.fail(name, "be None beside a ring", got, advice)
+    single = query.shape[1] == 1
+    if cache.is_ring and not (single and options.get("alibi_slopes") is None):
+        return _attend_in_order(query, key, value, cache, relative, options), after
+    if relative is not None and single:
+        # For one query the diagonals are a row of biases, in the order of the slots.
+        row = jnp.moveaxis(relative[:, _diagonals_of_slots(cache, relative)], 0, 1)[:, :, None]
+        bias = options.get("bias")
+        if bias is not None:
+            _check.floating("bias", bias)
+            wide = np.promote_types(np.promote_types(bias.dtype, np.float32), row.dtype)
+            row = jnp.asarray(bias).astype(wide) + row.astype(wide)
+        options["bias"] = row
+        relative = None
+    keys, values = (_widened(x, key) for x in (after.key, after.value))
+    if cache.is_ring:
         # What the ring holds after the write is what the one query sees, in whatever order.
-        filled = jnp.minimum(after.lengths, cache.capacity)
-        out = dot_product_attention(
-            query, after.key, after.value, key_value_seq_lengths=filled, **options
+        options["key_value_seq_lengths"] = jnp.minimum(after.lengths, cache.capacity)
+    else:
+        options |= {
+            "is_causal": True,
+            "local_window_size": None if cache.window is None else (cache.window, 0),
+            "q_offset": cache.lengths,
+            "key_value_seq_lengths": after.lengths,
+        }
+    if relative is None:
+        return dot_product_attention(query, keys, values, **options), after
+    return _attend_one_by_one(query, keys, values, relative, options), after
+
+
+def _check_relative(relative: Any, query: ArrayLike, cache: KVCache) -> Array | None:
+    """The relative bias, (heads or 1, 2 * n - 1) with n at least the capacity."""
+    if relative is None:
+        return None
+    _check.floating("relative_bias", relative)
+    shape, heads, least = tuple(relative.shape), query.shape[2], 2 * cache.capacity - 1
+    rows = shape[:-1] in ((), (1,), (heads,))
+    if not rows or shape[-1] < least or shape[-1] % 2 == 0:
+        requirement = (
+            f"have shape (heads, 2 * n - 1) with heads={heads} and n at least the cache's capacity "
+            f"{cache.capacity}, or without the heads"
         )
-        return out, after
-    return _attend_in_order(query, key, value, cache, options), after
+        advice = "Entry j - i + n - 1 is that of positions i and j."
+        _check.fail("relative_bias", requirement, f"shape {shape}", advice)
+    return jnp.asarray(relative).reshape(-1, shape[-1])
+
+
+def _diagonals_of_slots(cache: KVCache, relative: Array) -> Array:
+    """Which entry the next token's query adds at each slot, (batch, capacity)."""
+    at, slots = cache.lengths[:, None], jnp.arange(cache.capacity, dtype=jnp.int32)
+    back = (at - slots) % cache.capacity if cache.is_ring else at - slots
+    middle = relative.shape[-1] // 2
+    return jnp.clip(middle - back, 0, 2 * middle)
+
+
+def _attend_one_by_one(
+    query: ArrayLike, keys: Array, values: Array, relative: Array, options: dict[str, Any]
+) -> Any:
+    """Attention where each sequence's first query is on a diagonal of its own, in O(n) memory.
+
+    A relative bias is the same for all sequences of a call: so each is a call of its own, under
+    `jax.vmap`.
+    """
+    batch, new, slots = query.shape[0], query.shape[1], keys.shape[1]
+    given = {
+        name: options.pop(name)
+        for name in ("mask", "bias", "q_segment_ids", "kv_segment_ids", "query_seq_lengths")
+        if options.get(name) is not None
+    }
+    lengths = {name: options.pop(name) for name in ("q_offset", "key_value_seq_lengths")}
+    for name in ("mask", "bias"):
+        if name in given and given[name].ndim < 4:
+            given[name] = jnp.asarray(given[name])[(None,) * (4 - given[name].ndim)]
+    # Those of the whole batch have an axis for it, which a call alone has with one entry.
+    owned = {name: x.shape[0] == batch > 1 for name, x in given.items()}
+    shared = {name: given.pop(name) for name, own in owned.items() if not own}
+    middle = relative.shape[-1] // 2
+    # Entry j - i + new - 1 of a call is at positions j and q_offset + i.
+    entries = jnp.arange(new + slots - 1, dtype=jnp.int32) - (new - 1) + middle
+
+    def one(*arrays: Any) -> Any:
+        (query, keys, values), given, lengths = jax.tree.map(lambda x: jnp.asarray(x)[None], arrays)
+        index = jnp.clip(entries - lengths["q_offset"], 0, 2 * middle)
+        terms = {**given, **lengths, **shared, "relative_bias": relative[:, index]}
+        out = dot_product_attention(query, keys, values, **terms, **options)
+        return jax.tree.map(lambda x: x[0], out)
+
+    return jax.vmap(one)((query, keys, values), given, lengths)
+
+
+def _stored(x: ArrayLike, cache: KVCache) -> Array:
+    """New keys or values as the cache holds them."""
+    return jnp.asarray(x).astype(cache.key.dtype)
+
+
+def _widened(x: Array, like: ArrayLike) -> Array:
+    """What the cache holds, in the dtype of new tokens."""
+    return x.astype(jax.dtypes.canonicalize_dtype(like.dtype))
 
 
 def _attend_in_order(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, cache: KVCache, options: dict[str, Any]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cache: KVCache,
+    relative: Array | None,
+    options: dict[str, Any],
 ) -> Any:
     """Attention to a ring, brought into the order of its tokens, and to the new tokens after it."""
     capacity, new = cache.capacity, query.shape[1]
@@ -279,8 +416,13 @@ def _attend_in_order(
     slots = (cache.lengths[:, None] + jnp.arange(capacity, dtype=jnp.int32)) % capacity
     old = (jnp.take_along_axis(x, slots[..., None, None], 1) for x in (cache.key, cache.value))
     keys, values = (
-        jnp.concatenate((x, jnp.asarray(y)), axis=1) for x, y in zip(old, (key, value), strict=True)
+        _widened(jnp.concatenate((x, _stored(y, cache)), axis=1), y)
+        for x, y in zip(old, (key, value), strict=True)
     )
+    if relative is not None:
+        middle = relative.shape[-1] // 2
+        diagonals = jnp.arange(capacity + 2 * new - 1, dtype=jnp.int32) - (new - 1) - capacity
+        options["relative_bias"] = relative[:, jnp.clip(diagonals + middle, 0, 2 * middle)]
     # The entries before position 0 are a segment of their own: no mask of size new * capacity.
     entries = jnp.arange(capacity + new, dtype=jnp.int32)
     return dot_product_attention(
@@ -304,9 +446,10 @@ def _check_tokens(cache: KVCache, key: ArrayLike, value: ArrayLike) -> int:
         if len(x.shape) != 4 or (x.shape[0], *x.shape[2:]) != (held.shape[0], *held.shape[2:]):
             advice = "Make the cache for these sizes with init_cache."
             _check.fail(name, f"have the axes {axes} of the cache", f"{tuple(x.shape)}", advice)
-        if _check.dtype_name(x) != str(held.dtype):
+        same = _check.dtype_name(x) == str(held.dtype)
+        if not same and jnp.dtype(_check.dtype_name(x)).itemsize <= held.dtype.itemsize:
             advice = "Give `dtype` to init_cache."
-            requirement = f"have the dtype of the cache, {held.dtype}"
+            requirement = f"have the dtype of the cache, {held.dtype}, or a wider one"
             _check.fail(name, requirement, _check.dtype_name(x), advice, TypeError)
     if key.shape[1] != value.shape[1]:
         _check.agree(("key", "value"), "length", (key, value), "Pass both of the same tokens.")

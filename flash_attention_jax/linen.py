@@ -67,7 +67,8 @@ class Attention(AttentionLayer, nn.Module):
         Args:
             batch: sequences.
             length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values; None = the layer's `dtype`, or its `param_dtype`.
+            dtype: of keys and values, narrower than the computation or not; None = the layer's
+                `dtype`, or where there is none the dtype in which it computes float32 inputs.
 
         Returns:
             What goes into the variables as "cache".
@@ -77,10 +78,10 @@ class Attention(AttentionLayer, nn.Module):
     def _parameter(self, name: str, init: Initializer, shape: tuple[int, ...]) -> Array:
         return self.param(name, init, shape, self.param_dtype)
 
-    def _read_cache(self, batch: int, length: int) -> KVCache | None:
+    def _read_cache(self, batch: int, length: int, dtype: Any) -> KVCache | None:
         if self.is_initializing():
             # As in Flax's own layer: initialised with an input of full length, it has a cache.
-            self.put_variable("cache", "kv", self._empty_cache(batch, length))
+            self.put_variable("cache", "kv", self._empty_cache(batch, length, dtype))
             return None
         cache = self.get_variable("cache", "kv")
         if cache is None:

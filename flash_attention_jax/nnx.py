@@ -20,6 +20,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 from jaxtyping import Array
@@ -69,16 +70,31 @@ class Attention(AttentionLayer, nnx.Module):
         Args:
             batch: sequences.
             length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values; None = the layer's `dtype`, or its `param_dtype`.
+            dtype: of keys and values, narrower than the computation or not; None = the layer's
+                `dtype`, or where there is none the dtype in which it computes float32 inputs.
         """
         self.kv = nnx.Cache(self._empty_cache(batch, length, dtype))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets what `flax.nnx.view(model, deterministic=...)` asks for, in the copy that it makes.
+
+        Args:
+            deterministic: no dropout; None = as it is.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but initialisers that pickle cannot take, as JAX's closures; they have served."""
+        state = super().__getstate__()
+        return {n: x for n, x in state.items() if not n.endswith("_init") or _can_pickle(x)}
 
     def _parameter(self, name: str, init: Initializer, shape: tuple[int, ...]) -> Array:
         del init, shape  # they served when it was made
         return getattr(self, name)[...]
 
-    def _read_cache(self, batch: int, length: int) -> KVCache:
-        del batch, length
+    def _read_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
+        del batch, length, dtype
         if self.kv is None:
             no_cache("layer.init_cache(batch, length)")
         return self.kv.get_value()
@@ -89,6 +105,15 @@ class Attention(AttentionLayer, nnx.Module):
 
     def _dropout_key(self) -> Any:
         return self.dropout_keys() if self.dropout_keys is not None else None
+
+
+def _can_pickle(x: Any) -> bool:
+    """Whether pickle takes it."""
+    try:
+        pickle.dumps(x)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 # So that help() shows the attributes too.

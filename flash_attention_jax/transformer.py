@@ -76,7 +76,7 @@ class _Generates:
             prompt: (batch, prompt) integers.
             length: how many tokens to draw.
             key: draws the tokens.
-            **options: window, temperature, top_k, top_p, stop_token.
+            **options: lengths, window, temperature, top_k, top_p, stop_token.
 
         Returns:
             The drawn tokens without the prompt, (batch, length), int32.
@@ -152,7 +152,8 @@ class CausalTransformer(_Generates, nn.Module):
         """Reads tokens.
 
         Args:
-            tokens: (batch, length), integers in [0, num_tokens).
+            tokens: (batch, length), integers in [0, num_tokens). Where their values cannot be seen
+                (inside `jit`) one that is out of range gives NaN logits.
             decode: read them after those in the collection "cache", and put them there
                 (`mutable="cache"`).
             lengths: (batch,) integers, how many tokens of each sequence are real, those on the
@@ -162,10 +163,10 @@ class CausalTransformer(_Generates, nn.Module):
             Logits of the token after each, (batch, length, num_tokens), float32.
 
         Raises:
-            ValueError: `decode` without a cache, or a token that is none of `num_tokens` where its
-                value is known.
+            TypeError: `tokens` are not an array of integers.
+            ValueError: a token is out of range (outside `jit`), or `decode` without a cache.
         """
-        _check.tokens("tokens", tokens, self.num_tokens)
+        tokens = _read_tokens(tokens, lengths, self.num_tokens)
         norm = functools.partial(nn.RMSNorm, dtype=jnp.float32, param_dtype=jnp.float32)
 
         def attend(x: Array, layer: int) -> Array:
@@ -269,7 +270,7 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
         """Reads tokens.
 
         Args:
-            tokens: (batch, length), integers in [0, num_tokens); length at most `max_seq_len`.
+            tokens: as in `CausalTransformer`; length at most `max_seq_len`.
             decode: as in `CausalTransformer`.
             lengths: as in `CausalTransformer`.
 
@@ -277,10 +278,10 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
             Logits of the token after each, (batch, length, num_tokens), float32.
 
         Raises:
-            ValueError: more tokens than positions, `decode` without a cache, or a token that is
-                none of `num_tokens` where its value is known.
+            TypeError: as `CausalTransformer` does.
+            ValueError: as `CausalTransformer` does, or more tokens than positions.
         """
-        _check.tokens("tokens", tokens, self.num_tokens)
+        tokens = _read_tokens(tokens, lengths, self.num_tokens)
         if tokens.shape[1] > self.max_seq_len:
             requirement = f"have at most max_seq_len={self.max_seq_len} tokens in a sequence"
             advice = "Cut them, or build a model with more positions."
@@ -340,7 +341,7 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
             key: draws the tokens.
             filter_thres: share of the vocabulary, the least likely tokens, that is not drawn; in
                 [0, 1). Without effect where `top_k` is given.
-            **options: window, temperature, top_k, top_p, stop_token.
+            **options: lengths, window, temperature, top_k, top_p, stop_token.
 
         Returns:
             The drawn tokens without the prompt, (batch, length), int32. Beyond `max_seq_len` each
@@ -419,6 +420,42 @@ def _feed_forward(
     return dense(dim, kernel_init=last, name=f"contract_{layer}")(expanded)
 
 
+def _check_tokens(name: str, tokens: Any, lengths: Any, num_tokens: int | None) -> None:
+    """That the real tokens are integers in [0, num_tokens), where their values can be seen."""
+    _check.integer(name, tokens)
+    values = _check.concrete(tokens)
+    if values is None or not values.size:
+        return
+    known = None if lengths is None else _check.concrete(lengths)
+    if lengths is not None:
+        if known is None:
+            return
+        values = values[np.arange(values.shape[1]) < known[:, None]]
+    if not values.size:
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or (num_tokens is not None and high >= num_tokens):
+        least = "hold tokens of at least 0" if num_tokens is None else ""
+        requirement = least or f"hold tokens in [0, num_tokens={num_tokens})"
+        advice = "Look at the tokenizer, or mark what pads a sequence by `lengths`."
+        _check.fail(name, requirement, str(low if low < 0 else high), advice)
+
+
+def _read_tokens(tokens: Array | np.ndarray, lengths: Any, num_tokens: int) -> Array:
+    """The tokens, checked; under a trace, those out of range become one whose embedding is NaN.
+
+    A table would read -1 as its last row, and the numbers would look right. Tokens beyond `lengths`
+    become 0: their NaN would reach the gradients of the weights.
+    """
+    _check_tokens("tokens", tokens, lengths, num_tokens)
+    ids = jnp.asarray(tokens)
+    ids = jnp.where(ids < 0, jnp.asarray(num_tokens, ids.dtype), ids)
+    if lengths is None:
+        return ids
+    real = jnp.arange(ids.shape[1], dtype=jnp.int32) < jnp.asarray(lengths)[:, None]
+    return jnp.where(real, ids, jnp.zeros((), ids.dtype))
+
+
 def _embed(number: int, dim: int, name: str) -> nn.Embed:
     """A table of vectors of unit variance."""
     init, kind = nn.initializers.normal(1.0), jnp.float32
@@ -438,6 +475,7 @@ def generate(
     length: int,
     *,
     key: Key[Array, ""],
+    lengths: Int[Array | np.ndarray, " batch"] | None = None,
     window: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -457,27 +495,31 @@ def generate(
     Args:
         model: maps tokens (batch, n) to logits (batch, n, num_tokens), causally; hashable.
         params: what `model.apply` takes as its first argument.
-        prompt: the tokens to go on from, (batch, prompt), at least one.
+        prompt: the tokens to go on from, (batch, prompt), at least one; integers in [0,
+            num_tokens), where the model has that attribute.
         length: how many tokens to draw, at least 1.
         key: draws the tokens.
+        lengths: (batch,) integers of 1 .. prompt: how many tokens of each prompt are real, those on
+            the left; each sequence goes on from its own last one. None = all. A model with
+            `init_cache` must take `lengths`, as those here do.
         window: how many tokens the model reads, at least 1. `None` means all of them, or as many as
             it has positions for.
         temperature: below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest.
-        top_k: draw among the `top_k` likeliest tokens. `None` means among all.
+        top_k: draw among the `top_k` likeliest tokens, of equally likely ones the first. `None`
+            means among all.
         top_p: draw among the fewest likeliest tokens whose probabilities reach `top_p` together,
-            in (0, 1]. `None` means among all. Of equally likely tokens the first ranks higher, here
-            and for `top_k`.
+            in (0, 1], of equally likely ones the first. `None` means among all.
         stop_token: the token that ends a sequence; what follows it in the result is `stop_token`
             again. `None` means that none does.
 
     Returns:
-        The drawn tokens without the prompt, (batch, length), int32.
+        The drawn tokens without the prompt, (batch, length), int32. Inside another `jit` a sequence
+        for which the model gives NaN, or no token at all, goes on with -1; outside that is an
+        error.
 
     Raises:
-        TypeError: a number is of the wrong type.
-        ValueError: an argument is out of the range said above; a token of the prompt is not one of
-            the model's `num_tokens`; the model's logits hold NaN. The last two are seen outside
-            `jax.jit` only.
+        TypeError: a number, `prompt` or `key` is of the wrong type.
+        ValueError: an argument is out of the range said above, or the model gave NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -493,48 +535,79 @@ def generate(
         Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", arXiv:1904.09751,
         section 3.1 (top_p).
     """
-    _check.array("prompt", prompt, "Pass jnp.asarray([tokens]), one row for each sequence.")
+    num_tokens = getattr(model, "num_tokens", None)
     _check.integer("prompt", prompt)
     if len(prompt.shape) != 2 or not prompt.shape[1]:
         raise ValueError(
             f"`prompt` must have shape (batch, n) with n at least 1, got {tuple(prompt.shape)}. "
             "Start from one token at least."
         )
-    number = getattr(model, "num_tokens", None)
-    if number is not None:
-        _check.tokens("prompt", prompt, number)
-    _check.random_key("key", key)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, *prompt.shape)
+    _check_tokens("prompt", prompt, lengths, num_tokens)
+    _check_key(key)
     for name, value, least in (("length", length, 1), ("window", window, 1), ("top_k", top_k, 1)):
         if value is not None:
             _check.whole(name, value, least=least, advice="Pass more.")
-    if not isinstance(temperature, (jax.Array, np.ndarray)):
-        _check.number("temperature", temperature)
-    known = _check.concrete(jnp.asarray(temperature))
-    if known is not None and not known >= 0.0:
+    temperature, top_p = _scalar(temperature), _scalar(top_p)
+    if not _check.number("temperature", temperature) >= 0.0:
         raise ValueError(f"`temperature` must not be negative, got {temperature}. Pass 0 or more.")
     if top_p is not None and not 0.0 < _check.number("top_p", top_p) <= 1.0:
         _check.fail("top_p", "be in (0, 1]", str(top_p), "None draws among all tokens.")
     if stop_token is not None:
         _check.whole("stop_token", stop_token, least=0, advice="Use None for none.")
+        if num_tokens is not None and stop_token >= num_tokens:
+            advice = "It would never be drawn: use None for none."
+            _check.fail("stop_token", f"be under num_tokens={num_tokens}", str(stop_token), advice)
     whole = prompt.shape[1] + length
     room = getattr(model, "max_seq_len", None)
     bounds = [size for size in (window, room) if size is not None and size < whole]
-    tokens, broken = _generate(
+    tokens, failed = _generate(
         model,
         top_k,
         min(bounds, default=None if hasattr(model, "init_cache") else whole),
         params,
-        jnp.asarray(prompt, jnp.int32),
+        jnp.asarray(prompt).astype(jnp.int32),
+        lengths,
         jax.random.split(key, length),
         jnp.float32(temperature),
         None if top_p is None else jnp.float32(top_p),
         None if stop_token is None else jnp.int32(stop_token),
     )
-    step = _check.concrete(broken)
-    if step is not None and step < length:
-        advice = "Look at its parameters: a token cannot be drawn from NaN."
-        _check.fail("model", "give logits", f"NaN for token {int(step)} after the prompt", advice)
+    steps = _check.concrete(failed)
+    if steps is not None and (steps < length).any():
+        row = int(np.argmin(steps))
+        advice = "Look for NaN in `params`, and for logits that are -inf for every token."
+        got = f"NaN, or no token to draw, at drawn token {steps[row]} of sequence {row}"
+        _check.fail("model", "give logits that can be drawn from", got, advice)
     return tokens
+
+
+def _check_lengths(lengths: Any, batch: int, longest: int) -> Array:
+    """How many tokens of each prompt are real, int32, within 1 .. longest also under a trace."""
+    _check.integer("lengths", lengths)
+    _check.shape_is("lengths", lengths, [(batch,)], f"(batch,) = {(batch,)}", "One per prompt.")
+    values = _check.concrete(lengths)
+    if values is not None and values.size and (values.min() < 1 or values.max() > longest):
+        worst = int(values.min() if values.min() < 1 else values.max())
+        requirement = f"be within 1 and the prompt's length {longest}"
+        _check.fail("lengths", requirement, str(worst), "Every prompt needs a token to go on from.")
+    return jnp.clip(jnp.asarray(lengths), 1, longest).astype(jnp.int32)
+
+
+def _check_key(key: Any) -> None:
+    """That it is one JAX random key."""
+    advice = "Pass jax.random.key(seed)."
+    _check.array("key", key, advice)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    if not typed and not (key.dtype == jnp.uint32 and tuple(key.shape) in ((2,), (4,))):
+        _check.fail("key", "be one JAX random key", _check.shown(key), advice, TypeError)
+
+
+def _scalar(x: Any) -> Any:
+    """The number in an array without axes, where it can be seen; anything else as it is."""
+    values = _check.concrete(x)
+    return x if values is None or values.shape else values[()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -544,102 +617,124 @@ def _generate(
     width: int | None,
     params: PyTree,
     prompt: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"] | None,
     keys: Key[Array, " length"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""] | None,
     stop: Int[Array, ""] | None,
-) -> tuple[Int[Array, "batch length"], Int[Array, ""]]:
+) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:
     """The loop of `generate`; a `width` is how many tokens to reread, None = use a cache.
 
-    Returns:
-        The tokens, and the first step at which logits held NaN, `length` where none did.
+    Returns the tokens, and for each sequence at which of them the model failed, or `length`.
     """
     batch, length = prompt.shape[0], keys.size
     if width is None:
-        state, read = _cached_reader(model, params, prompt, length)
+        state, read = _cached_reader(model, params, prompt, lengths, length)
     else:
-        state, read = _rereader(model, params, prompt, width)
+        state, read = _rereader(model, params, prompt, lengths, width)
+    if lengths is None:
+        last = prompt[:, -1]
+    else:
+        last = jnp.take_along_axis(prompt, lengths[:, None] - 1, axis=1)[:, 0]
     filler = jnp.zeros((), jnp.int32) if stop is None else stop
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, _, _, _, done, broken = carry
-        return (step < jnp.minimum(length, broken)) & ~done.all()
+        step, _, _, _, done, _ = carry
+        return (step < length) & ~done.all()
 
     def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, state, last, tokens, done, broken = carry
+        step, state, last, tokens, done, failed = carry
         logits, state = read(state, last)
-        broken = jnp.where(jnp.isnan(logits).any(), step, broken)
-        token = jnp.where(done, filler, _draw(logits, keys[step], temperature, top_k, top_p))
+        token, fails = _draw(logits, keys[step], temperature, top_k, top_p)
+        fails &= ~done
+        failed = jnp.where(fails, step, failed)
+        done |= fails
+        token = jnp.where(done, filler, token)
         done = done if stop is None else done | (token == stop)
-        return step + 1, state, token, tokens.at[:, step].set(token), done, broken
+        return step + 1, state, token, tokens.at[:, step].set(token), done, failed
 
     tokens = jnp.full((batch, length), filler)
-    done = jnp.zeros((batch,), bool)
-    never = jnp.asarray(length, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), state, prompt[:, -1], tokens, done, never)
-    *_, tokens, _, broken = jax.lax.while_loop(unfinished, draw, carry)
-    return tokens, broken
+    done, failed = jnp.zeros((batch,), bool), jnp.full((batch,), length, jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), state, last, tokens, done, failed)
+    _, _, _, tokens, _, failed = jax.lax.while_loop(unfinished, draw, carry)
+    drawn = jnp.arange(length, dtype=jnp.int32) < failed[:, None]
+    return jnp.where(drawn, tokens, jnp.full((), -1, jnp.int32)), failed
 
 
 Read = Callable[[Any, Array], tuple[Array, Any]]
 """(state, token (batch,)) -> logits after it (batch, num_tokens), the state with it."""
 
 
-def _cached_reader(model: Any, params: PyTree, prompt: Array, length: int) -> tuple[Any, Read]:
+def _cached_reader(
+    model: Any, params: PyTree, prompt: Array, lengths: Array | None, length: int
+) -> tuple[Any, Read]:
     """Reads each token once; the state is the cache."""
 
-    def apply(cache: Any, tokens: Array) -> tuple[Array, Any]:
+    def apply(cache: Any, tokens: Array, **options: Any) -> tuple[Array, Any]:
         variables = {**params, "cache": cache}
-        logits, changed = model.apply(variables, tokens, decode=True, mutable="cache")
+        logits, changed = model.apply(variables, tokens, decode=True, mutable="cache", **options)
         return logits[:, -1], changed["cache"]
 
     # The last token drawn is not read.
     cache = model.init_cache(prompt.shape[0], prompt.shape[1] + length - 1)
     if prompt.shape[1] > 1:
-        cache = apply(cache, prompt[:, :-1])[1]
+        options = {} if lengths is None else {"lengths": lengths - 1}
+        cache = apply(cache, prompt[:, :-1], **options)[1]
     return cache, lambda cache, token: apply(cache, token[:, None])
 
 
-def _rereader(model: Any, params: PyTree, prompt: Array, width: int) -> tuple[Any, Read]:
+def _rereader(
+    model: Any, params: PyTree, prompt: Array, lengths: Array | None, width: int
+) -> tuple[Any, Read]:
     """Reads the last `width` tokens each time; the state is those, and how many there are."""
-    buffer = prompt[:, :-1][:, -width:]
-    filled = jnp.asarray(buffer.shape[1], jnp.int32)
-    buffer = jnp.pad(buffer, ((0, 0), (0, width - buffer.shape[1])))
+    batch, longest = prompt.shape
+    before = jnp.full((batch,), longest - 1, jnp.int32) if lengths is None else lengths - 1
+    filled = jnp.minimum(before, width)
+    rows, places = jnp.arange(batch, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
+    taken = jnp.minimum((before - filled)[:, None] + places, longest - 1)
+    buffer = jnp.take_along_axis(prompt, taken, axis=1)
+    # What pads a row is never seen, but must be a token.
+    buffer = jnp.where(places < filled[:, None], buffer, jnp.zeros((), jnp.int32))
 
     def read(state: tuple[Array, Array], token: Array) -> tuple[Array, tuple[Array, Array]]:
         buffer, filled = state
         # A full window lets go of its oldest token.
         full = filled == width
-        buffer = jnp.where(full, jnp.roll(buffer, -1, axis=1), buffer)
+        buffer = jnp.where(full[:, None], jnp.roll(buffer, -1, axis=1), buffer)
         last = jnp.where(full, width - 1, filled)
-        buffer = buffer.at[:, last].set(token)
+        buffer = buffer.at[rows, last].set(token)
         # What lies after the last token is never seen: the model is causal.
-        return model.apply(params, buffer)[:, last], (buffer, last + 1)
+        return model.apply(params, buffer)[rows, last], (buffer, last + 1)
 
     return (buffer, filled), read
 
 
 def _draw(
     logits: Array, key: Array, temperature: Array, top_k: int | None, top_p: Array | None
-) -> Int[Array, " batch"]:
-    """One token for each row of logits."""
+) -> tuple[Int[Array, " batch"], Array]:
+    """One token for each row of logits, and whether there was none to draw.
+
+    Tokens are cut by their rank and not by their logit, so that equal ones widen nothing.
+    """
     logits = logits.astype(jnp.float32)
+    largest = logits.max(axis=-1, keepdims=True)
+    fails = jnp.isnan(logits).any(axis=-1) | (largest[:, 0] == -jnp.inf)
     likeliest = jnp.argmax(logits, -1)
+    # Of 0 at most, so that a small temperature cannot overflow.
+    logits = jnp.where(logits == largest, jnp.zeros((), jnp.float32), logits - largest)
     logits = logits / jnp.maximum(temperature, 1e-6)
-    if top_k is None and top_p is None:
-        drawn = jax.random.categorical(key, logits)
-    else:
-        # Cut by rank and not by value: of equal logits no more than asked for remain.
-        ranked = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-        falling = jnp.take_along_axis(logits, ranked, axis=-1)
-        if top_k is not None and top_k < logits.shape[-1]:
-            falling = falling.at[:, top_k:].set(-jnp.inf)
+    count = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    if top_p is not None or count < logits.shape[-1]:
+        falling, order = jax.lax.top_k(logits, count)  # of equal ones the first comes first
+        kept = jnp.ones_like(falling, bool)
         if top_p is not None:
             probs = jax.nn.softmax(falling, axis=-1)
             before = jnp.cumsum(probs, axis=-1) - probs  # the mass of the likelier ones
-            # Up to rounding: .5 and .3 reach .8.
-            reached = before >= top_p * (1 - 8 * jnp.finfo(jnp.float32).eps)
-            falling = jnp.where(reached.at[:, 0].set(False), -jnp.inf, falling)
-        rank = jax.random.categorical(key, falling)
-        drawn = jnp.take_along_axis(ranked, rank[:, None], axis=-1)[:, 0]
-    return jnp.where(temperature > 0, drawn, likeliest).astype(jnp.int32)
+            # .5 and .3 reach .8, though their sum may round to less; 1 cuts nothing off.
+            slack = 4 * jnp.finfo(jnp.float32).eps
+            kept = ((before < top_p - slack) | (top_p >= 1)).at[:, 0].set(True)
+        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+        mask = jnp.zeros_like(logits, bool).at[rows, order].set(kept)
+        logits = jnp.where(mask, logits, -jnp.inf)
+    drawn = jax.random.categorical(key, logits)
+    return jnp.where(temperature > 0, drawn, likeliest).astype(jnp.int32), fails

@@ -174,6 +174,149 @@ def test_cache_is_a_pytree_of_three_arrays():
     assert isinstance(jax.eval_shape(lambda: cache), KVCache)
 
 
+# --- a relative bias ---
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("rows", [(), (1,), (4,)], ids=str)
+def test_relative_bias_is_that_of_the_whole_pass(rng, window, rows):
+    q, k, v = inputs(rng)
+    relative = jnp.asarray(rng.normal(size=(*rows, 2 * LENGTH - 1)))
+    cache = init_cache(2, LENGTH, 2, 8, v_dim=5, window=window, dtype=FLOAT)
+    options = {"relative_bias": relative, "implementation": "dense"}
+    expected = whole_pass(q, k, v, window, **options)
+    out, _ = in_chunks(MANY, q, k, v, cache, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "dense"])
+def test_relative_bias_counts_from_each_sequence_s_own_length(rng, implementation):
+    # 2 and 5 tokens, then 4 and 3, then one each, with the other terms that batch and heads have.
+    q, k, v = inputs(rng)
+    cache = init_cache(2, 13, 2, 8, v_dim=5, dtype=FLOAT)  # fewer slots than the bias has diagonals
+    terms = {
+        "relative_bias": jnp.asarray(rng.normal(size=(4, 2 * 20 - 1))),
+        "sinks": jnp.asarray(rng.normal(size=4)),
+        "implementation": implementation,
+    }
+    bias = jnp.asarray(rng.normal(size=(2, 1, 23, 13)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 1, 23, 13)) < 0.7)
+    starts, got = np.zeros(2, int), [[], []]
+    for counts in ([2, 5], [4, 3], [1, 1]):
+        size = max(counts)
+
+        def cut(x, starts=starts, size=size):
+            return jnp.stack([x[row, starts[row] : starts[row] + size] for row in (0, 1)])
+
+        own = {
+            name: jnp.moveaxis(cut(jnp.moveaxis(x, 2, 1)), 1, 2)
+            for name, x in (("bias", bias), ("mask", mask))
+        }
+        lengths = jnp.asarray(counts, jnp.int32)
+        out, cache = cached_attention(
+            cut(q), cut(k), cut(v), cache, lengths=lengths, **own, **terms
+        )
+        for row in (0, 1):
+            got[row].append(out[row, : counts[row]])
+        starts = starts + counts
+    for row, n in enumerate(starts):
+        alone = (x[row : row + 1, :n] for x in (q, k, v))
+        whole = {
+            **terms,
+            "relative_bias": terms["relative_bias"][:, 20 - n : 19 + n],
+            "bias": bias[row : row + 1, :, :n, :n],
+            "mask": mask[row : row + 1, :, :n, :n],
+            "implementation": "dense",
+        }
+        expected = whole_pass(*alone, **whole)[0]
+        np.testing.assert_allclose(np.concatenate(got[row]), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("new", [1, 64])
+def test_relative_bias_takes_no_memory_that_grows_with_both_lengths(rng, new):
+    slots = 2**14
+    cache = init_cache(2, slots, 2, 8)
+    x = jnp.zeros((2, new, 2, 8), jnp.float32)
+    relative = jnp.zeros((2, 2 * slots - 1), jnp.float32)
+
+    def step(x, cache, relative):
+        return cached_attention(
+            x, x, x, cache, relative_bias=relative, implementation="blocked", block_kv=128
+        )
+
+    memory = jax.jit(step, donate_argnums=1).lower(x, cache, relative).compile().memory_analysis()
+    # Rows of biases for each sequence and head; the logits would be 64 of them.
+    copied = 0 if new == 1 else cache.key.nbytes + cache.value.nbytes
+    assert memory.temp_size_in_bytes < copied + 6 * relative.nbytes
+
+
+# --- tokens taken out again ---
+
+
+def test_trimmed_tokens_were_never_there(rng):
+    q, k, v = inputs(rng)
+    cache = init_cache(2, LENGTH, 2, 8, v_dim=5, dtype=FLOAT)
+    before = append(cache, k[:, :9], v[:, :9])
+    draft = append(before, k[:, 9:14] + jnp.inf, v[:, 9:14] * jnp.nan)  # and what they were is gone
+    for n, refused in (
+        (5, draft),
+        (jnp.asarray([5, 3], jnp.int32), append(before, k[:, 9:14], v[:, 9:14])),
+    ):
+        trimmed = jax.jit(KVCache.trim)(refused, n)
+        np.testing.assert_array_equal(refused.trim(n).lengths, trimmed.lengths)
+        for row, length in enumerate(trimmed.lengths.tolist()):
+            rows, new = slice(row, row + 1), slice(length, length + 2)
+            one = jax.tree.map(lambda x, rows=rows: x[rows], trimmed)
+            out, _ = cached_attention(q[rows, new], k[rows, new], v[rows, new], one)
+            expected = whole_pass(q[rows], k[rows], v[rows])[:, new]
+            np.testing.assert_allclose(out, expected, atol=1e-12)
+    assert before.trim(0).lengths.tolist() == [9, 9]
+    assert jax.jit(KVCache.trim)(before, 100).lengths.tolist() == [0, 0]
+
+
+TRIMS = {
+    "ring": (
+        init_cache(2, 8, 1, 4, window=2),
+        1,
+        "`cache` must hold every token where it is trimmed, got a ring of 3 slots (window=2). "
+        "The last tokens lie where older ones lay",
+    ),
+    "too many": (
+        init_cache(2, 8, 1, 4),
+        np.asarray([0, 1]),
+        "`n` must be within 0 and the 0 tokens that are there, got 1 in sequence 1.",
+    ),
+    "negative": (init_cache(2, 8, 1, 4), -1, "`n` must be at least 0, got -1."),
+    "negatives": (
+        init_cache(2, 8, 1, 4),
+        np.asarray([0, -2]),
+        "`n` must be within 0 and the 0 tokens that are there, got -2 in sequence 1.",
+    ),
+    "shape": (init_cache(2, 8, 1, 4), np.asarray([1]), "`n` must have shape () or (batch,) = (2,)"),
+    "float": (init_cache(2, 8, 1, 4), 1.0, "`n` must be an array, got float."),
+}
+
+
+@pytest.mark.parametrize(("cache", "n", "message"), TRIMS.values(), ids=TRIMS)
+def test_trims_that_cannot_be_are_refused(cache, n, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}"):
+        cache.trim(n)
+
+
+# --- a narrower cache ---
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("stored", ["bfloat16", "float8_e5m2"])
+def test_cache_narrower_than_the_tokens_rounds_them_and_nothing_else(rng, window, stored):
+    q, k, v = inputs(rng, dtype=jnp.float32)
+    cache = init_cache(2, LENGTH, 2, 8, v_dim=5, window=window, dtype=stored)
+    out, cache = in_chunks(MANY, q, k, v, cache)
+    assert (out.dtype, cache.key.dtype) == (jnp.float32, stored)
+    rounded = (x.astype(stored).astype(jnp.float32) for x in (k, v))
+    np.testing.assert_allclose(out, whole_pass(q, *rounded, window), atol=2e-6)
+
+
 # --- the end of the cache ---
 
 
@@ -230,7 +373,7 @@ BAD = {
     ),
     "dtype": (
         {"key": ONES.astype(jnp.bfloat16)},
-        "`key` must have the dtype of the cache, float32, got bfloat16. "
+        "`key` must have the dtype of the cache, float32, or a wider one, got bfloat16. "
         "Give `dtype` to init_cache.",
     ),
     "lengths' shape": (
@@ -241,6 +384,16 @@ BAD = {
         {"lengths": jnp.asarray([1, 4], jnp.int32)},
         "`lengths` must be within 0 and the array's length 3, got 4. "
         "Lengths count tokens per sequence.",
+    ),
+    "relative bias": (
+        {"relative_bias": jnp.ones((1, 13), jnp.float32)},
+        "`relative_bias` must have shape (heads, 2 * n - 1) with heads=1 and n at least the "
+        "cache's capacity 8, or without the heads, got shape (1, 13). "
+        "Entry j - i + n - 1 is that of positions i and j.",
+    ),
+    "relative bias of even length": (
+        {"relative_bias": jnp.ones((16,), jnp.float32)},
+        "`relative_bias` must have shape (heads, 2 * n - 1)",
     ),
     "causal": (
         {"is_causal": False},
@@ -270,6 +423,7 @@ def test_what_does_not_fit_the_cache_is_refused(change, message):
     [
         ({"length": 0}, "`length` must be at least 1, got 0."),
         ({"window": -1}, "`window` must be at least 0, got -1. Use None for all tokens."),
+        ({"dtype": "int8"}, "`dtype` must be a float, got int8. Keys and values are stored by"),
         ({"batch": 2.0}, "`batch` must be an integer known when the function is traced, got"),
     ],
 )

@@ -743,3 +743,50 @@ except ImportError as error:
         "module 'jax' has no attribute 'something_that_went_away'. "
         "Try pip install 'flash-attention-jax[flax]' --upgrade"
     )
+
+
+# --- what Flax does with its own layers ---
+
+
+@pytest.mark.parametrize("mark", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_partitioning_metadata_stays_with_the_parameters(rng, mark):
+    init = nn.initializers.lecun_normal()
+    sizes = {"dim": 24, "heads": 4, "dim_head": 6, "param_dtype": FLOAT}
+    bare = Attention(**sizes)
+    x = array(rng, 2, 5, 24)
+    expected, plain = bare.init_with_output(jax.random.key(0), x)
+    for names in (("embed", "heads"), ("embed", "heads", None)):
+        inits = {"kernel_init": mark(init, names), "out_init": mark(init, ("heads", "embed"))}
+        layer = Attention(**sizes, **inits)
+        out, params = layer.init_with_output(jax.random.key(0), x)
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(layer.apply(params, x), expected)
+        jax.tree.map(np.testing.assert_array_equal, nn.unbox(params), plain)
+        specs = nn.get_partition_spec(params)["params"]
+        spec = jax.sharding.PartitionSpec
+        for name in ("query", "key", "value"):
+            assert specs[f"{name}_kernel"] == spec("embed", "heads", None)
+        assert specs["out_kernel"] == spec("heads", None, "embed")
+
+
+def test_partitioned_parameters_are_made_on_a_mesh(rng):
+    mesh = jax.make_mesh((1, 1), ("embed", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mark = functools.partial(nn.with_partitioning, nn.initializers.lecun_normal(), mesh=mesh)
+    layer = Attention(dim=24, heads=4, kernel_init=mark(("embed", "heads")), param_dtype=FLOAT)
+    x = array(rng, 2, 5, 24)
+    _, params = jax.jit(layer.init_with_output)(jax.random.key(0), x)
+    specs = nn.get_partition_spec(params)["params"]
+    assert specs["query_kernel"] == jax.sharding.PartitionSpec("embed", "heads", None)
+
+
+@jax.numpy_dtype_promotion("standard")  # the parameters are not of the input's dtype
+def test_cache_made_by_init_has_the_dtype_computed_in(rng):
+    layer = Attention(dim=24, heads=4, causal=True, param_dtype=jnp.bfloat16)
+    x = array(rng, 2, 5, 24, dtype=jnp.bfloat16)
+    for given, expected in ((x, "bfloat16"), (x.astype(jnp.float32), "float32")):
+        variables = layer.init(jax.random.key(0), given, decode=True)
+        assert variables["cache"]["kv"].key.dtype == expected
+        out, _ = layer.apply(variables, given, decode=True, mutable="cache")
+        whole = layer.apply({"params": variables["params"]}, given)
+        assert out.dtype == whole.dtype
+        np.testing.assert_allclose(out.astype(FLOAT), whole.astype(FLOAT), atol=0.02)

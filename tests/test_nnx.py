@@ -1,5 +1,6 @@
 """The Flax nnx shell against Flax's own layer, and against the linen shell of the same core."""
 
+import pickle
 import re
 
 import jax
@@ -263,3 +264,113 @@ def test_linen_and_nnx_share_their_core():
     assert our_linen.make_attention_fn is make_attention_fn
     own = {name for name in vars(Attention) if callable(getattr(Attention, name))}
     assert "__call__" not in own
+
+
+# --- what Flax does with its own layers ---
+
+
+def test_view_of_a_model_is_deterministic_and_leaves_the_model_as_it_is(rng):
+    class Block(nnx.Module):
+        def __init__(self):
+            self.attention, _, _ = both(rng, dropout=0.5, deterministic=False)
+            self.dropout = nnx.Dropout(0.5)
+
+    block, x = Block(), array(rng, 2, 9, 24)
+    view = nnx.view(block, deterministic=True)
+    assert (view.attention.deterministic, block.attention.deterministic) == (True, False)
+    expected = block.attention(x, deterministic=True)
+    np.testing.assert_array_equal(view.attention(x), expected)
+    assert (np.asarray(block.attention(x)) != np.asarray(expected)).any()
+    alone = nnx.view(block.attention, deterministic=True)
+    np.testing.assert_array_equal(alone(x), expected)
+    np.testing.assert_array_equal(nnx.view(view.attention)(x), expected)  # None: as it is
+
+
+@pytest.mark.parametrize("init", [None, jax.nn.initializers.normal(0.02)], ids=["default", "own"])
+def test_attention_is_pickled_with_its_parameters_and_cache(rng, init):
+    inits = {} if init is None else {"kernel_init": init, "out_init": init}
+    layer, _, _ = both(rng, causal=True, dropout=0.1, deterministic=True, **inits)
+    layer.init_cache(batch=2, length=9)
+    x = array(rng, 2, 9, 24)
+    layer(x[:, :4], decode=True)
+    again = pickle.loads(pickle.dumps(layer))
+    np.testing.assert_array_equal(again(x), layer(x))
+    np.testing.assert_array_equal(again(x[:, 4:], decode=True), layer(x[:, 4:], decode=True))
+    assert "kernel_init" in repr(again)
+
+
+def test_default_attention_of_linen_is_pickled():
+    layer = our_linen.Attention(dim=24)
+    assert pickle.loads(pickle.dumps(layer)) == layer
+
+
+def test_partitioning_metadata_stays_with_the_parameters(rng):
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    init = jax.nn.initializers.lecun_normal()
+    marked = nnx.with_metadata(init, note="mine")
+    sizes = {"dim": 24, "heads": 4, "dim_head": 6, "use_bias": True}
+    bare = Attention(**sizes, kernel_init=init, rngs=nnx.Rngs(0))
+    layer = Attention(**sizes, kernel_init=marked, rngs=nnx.Rngs(0))
+    assert (
+        layer.query_kernel.get_metadata("note") == layer.out_kernel.get_metadata("note") == "mine"
+    )
+    x = array(rng, 2, 5, 24, dtype=jnp.float32)
+    np.testing.assert_array_equal(layer(x), bare(x))
+    spec = jax.sharding.PartitionSpec
+    for names in ((None, "model"), (None, "model", None), spec(None, "model")):
+        with jax.set_mesh(mesh):
+            layer = Attention(
+                **sizes,
+                kernel_init=nnx.with_partitioning(init, names),
+                out_init=nnx.with_partitioning(init, ("model", None)),
+                rngs=nnx.Rngs(0),
+            )
+            np.testing.assert_allclose(layer(x), bare(x), atol=1e-6)
+        specs = nnx.get_partition_spec(nnx.state(layer, nnx.Param))
+        assert specs["query_kernel"].get_value() == spec(None, "model", None)
+        assert specs["out_kernel"].get_value() == spec("model", None, None)
+
+
+@jax.numpy_dtype_promotion("standard")  # the parameters are not of the input's dtype
+def test_cache_has_the_dtype_computed_in(rng):
+    sizes = {"dim": 24, "heads": 4, "dim_head": 6, "causal": True}
+    x = array(rng, 2, 9, 24, dtype=jnp.float32)
+    for param_dtype, dtype, given, expected, tolerance in (
+        ("bfloat16", None, "float32", "float32", 1e-6),
+        ("bfloat16", None, "bfloat16", "float32", 0.02),
+        ("float32", "bfloat16", "float32", "bfloat16", 0.02),
+    ):
+        kinds = {"param_dtype": jnp.dtype(param_dtype), "dtype": dtype and jnp.dtype(dtype)}
+        layer = Attention(**sizes, **kinds, rngs=nnx.Rngs(0))
+        layer.init_cache(batch=2, length=9)
+        assert layer.kv is not None
+        assert layer.kv.get_value().key.dtype == expected
+        tokens = x.astype(given)
+        whole = layer(tokens)
+        parts = [layer(tokens[:, new], decode=True) for new in (slice(0, 4), slice(4, 9))]
+        assert parts[0].dtype == whole.dtype
+        decoded = jnp.concatenate(parts, axis=1).astype(jnp.float32)
+        np.testing.assert_allclose(decoded, whole.astype(jnp.float32), atol=tolerance)
+
+
+def test_cache_of_a_layer_may_be_narrower_than_the_computation(rng):
+    layer, _, _ = both(rng, causal=True)
+    x = array(rng, 2, 9, 24)
+    whole = layer(x)
+    layer.init_cache(batch=2, length=9, dtype=jnp.float32)
+    out = layer(x, decode=True)
+    assert out.dtype == whole.dtype
+    error = float(np.abs(np.asarray(out - whole)).max())
+    assert 1e-9 < error < 1e-4  # that of keys and values rounded to float32
+
+
+def test_input_positions_of_flax_are_refused_with_what_to_do(rng):
+    q = array(rng, 2, 5, 4, 8)
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    message = (
+        "`input_positions` must be None with this attention_fn, got int32[1, 5]. Give the layer a "
+        "function of your own that rotates query and key first"
+    )
+    for function in (attention_fn, make_attention_fn(similarity="cosine")):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            function(q, q, q, input_positions=positions)

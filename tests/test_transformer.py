@@ -197,7 +197,7 @@ def test_generation_is_one_loop_with_the_cache_in_place():
 
     def loop(params, prompt, keys):
         one = jnp.float32(1)
-        return transformer._generate(model, None, None, params, prompt, keys, one, None, None)
+        return transformer._generate(model, None, None, params, prompt, None, keys, one, None, None)
 
     keys = jax.random.split(jax.random.key(0), 30_000)
     (call,) = jax.make_jaxpr(loop)(initial(model), PROMPT, keys).eqns
