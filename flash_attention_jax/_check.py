@@ -327,16 +327,6 @@ def finite(name: str, x: Any) -> None:
         fail(name, "be finite", str(values.tolist()), "Look for where it was computed.")
 
 
-def tokens(name: str, x: Any, number: int) -> None:
-    """Tokens of 0 .. number - 1, where they can be seen."""
-    integer(name, x)
-    values = concrete(x)
-    if values is not None and values.size and (values.min() < 0 or values.max() >= number):
-        worst = int(values.min() if values.min() < 0 else values.max())
-        requirement = f"hold tokens from 0 to num_tokens - 1 = {number - 1}"
-        fail(name, requirement, str(worst), "An embedding has no row for others.")
-
-
 def random_key(name: str, x: Any) -> None:
     """One JAX random key, new-style or raw."""
     array(name, x, "Pass jax.random.key(seed).")

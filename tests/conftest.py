@@ -58,6 +58,15 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test is told of numbers that other tests compiled before it."""
+    from flash_attention_jax import _compilations
+
+    monkeypatch.setattr(_compilations, "_values", {})
+    monkeypatch.setattr(_compilations, "_warned", set())
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs an NVIDIA GPU that JAX can use; JAX's devices here are {jax.devices()}")

@@ -7,18 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from flash_attention_jax import (
-    _compilations,
     _front,
     attention,
     dot_product_attention,
     flash_attention,
 )
-
-
-@pytest.fixture
-def forgotten(monkeypatch):
-    monkeypatch.setattr(_compilations, "_values", {})
-    monkeypatch.setattr(_compilations, "_warned", set())
 
 
 def queries(length):
@@ -46,7 +39,7 @@ def test_changing_offset_compiles_once(implementation):
     assert jnp.allclose(jnp.stack(found), jnp.stack(want), atol=1e-5)
 
 
-def test_third_scale_is_told_to_be_an_array(forgotten):
+def test_third_scale_is_told_to_be_an_array():
     q = queries(22)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -60,7 +53,7 @@ def test_third_scale_is_told_to_be_an_array(forgotten):
         flash_attention(q, q, q, scale=0.0625)  # said once
 
 
-def test_gradient_counts_and_jit_does_not(forgotten):
+def test_gradient_counts_and_jit_does_not():
     q = queries(23)
 
     def loss(q, rate):

@@ -4,6 +4,7 @@
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import pytest
 
 import flash_attention_jax as f
 from flash_attention_jax import _check
+from flash_attention_jax._attention_fn import attention_fn, make_attention_fn
+from flash_attention_jax._dispatch import NO_FORWARD_MODE
 from flash_attention_jax.varlen import flash_attention_varlen
 
 F32, I32 = np.float32, np.int32
@@ -36,6 +39,7 @@ FEWER = "An axis may be 1; see the docstring for fewer axes."
 GROUPED = "Query head n reads key head n // (heads // key heads)."
 STATIC = "It is static: pass a Python bool."
 UNBOUNDED = "Use None or -1 for an unbounded side."
+WITHIN = "be within float32, 0 or from 1.175e-38 to 3.403e+38 in magnitude"
 PER_TOKEN = "Pass one id per token; those that all batch entries share are ids[None]."
 LENGTHS = "Lengths count tokens per sequence."
 KEY = "Pass jax.random.key(seed)."
@@ -184,15 +188,50 @@ HEADS_FIRST = {
 
 MASKS = {
     "mask of floats": (
-        (flash, (*Q, a(2, 6)), {}),
+        (flash, (*Q, a(2, 6) - 3), {}),
         TypeError,
-        "`mask` must be boolean or integer (nonzero = may attend), got float32. "
+        "`mask` must be boolean or integer (1 = may attend), got float32. "
         "Pass an additive mask as `bias`.",
     ),
-    "mask of floats where the bias is attn_bias": (
-        (cosine, (*Q, a(2, 6)), {}),
+    "mask of floats that are 0 and 1": (
+        (flash, (*Q, np.eye(2, 6, dtype=F32)), {}),
         TypeError,
-        "`mask` must be boolean or integer (nonzero = may attend), got float32. "
+        "`mask` must be boolean or integer (1 = may attend), got float32. "
+        "Pass mask != 0 if 1 means may attend; an additive mask is `bias`.",
+    ),
+    "ids as a mask": (
+        (flash, (*Q, np.arange(12, dtype=I32).reshape(2, 6)), {}),
+        ValueError,
+        "`mask` must hold 0 and 1 where it is of integers, got 2. "
+        "Pass mask != 0, or ids as `q_segment_ids` and `kv_segment_ids`.",
+    ),
+    "mask without axes": (
+        (flash, (*Q, np.array(True)), {}),
+        ValueError,
+        "`mask` must have the axes (b, j), or three or four that broadcast to (b, h, i, j), got "
+        "shape ().",
+    ),
+    "mask of one axis beside four": (
+        (flash, (*Q, a(6, dtype=bool)), {}),
+        ValueError,
+        "`mask` must have the axes (b, j), or three or four that broadcast to (b, h, i, j), got "
+        "shape (6,). For all of the batch pass mask[None].",
+    ),
+    "mask of one axis in JAX's convention": (
+        (jaxs, N, {"mask": a(6, dtype=bool)}),
+        ValueError,
+        "`mask` must have the axes (b, h, i, j), got shape (6,). For all of the batch pass "
+        "mask[None, None, None].",
+    ),
+    "mask of one axis beside merged heads": (
+        (flash, (q3, q3, q3, a(6, dtype=bool)), {}),
+        ValueError,
+        "`mask` must have the axes (bh, j) or (bh, i, j), got shape (6,).",
+    ),
+    "mask of floats where the bias is attn_bias": (
+        (cosine, (*Q, a(2, 6) / 2), {}),
+        TypeError,
+        "`mask` must be boolean or integer (1 = may attend), got float32. "
         "Pass an additive mask as `attn_bias`.",
     ),
     "mask as a list": (
@@ -473,6 +512,26 @@ NUMBERS = {
         (flash, Q, {"scale": a(4, dtype=I32)}),
         TypeError,
         f"`scale` must {FLOATS}, got int32. Cast it: scale.astype(...).",
+    ),
+    "softcap over float32": (
+        (flash, Q, {"softcap": 1e39}),
+        ValueError,
+        f"`softcap` must {WITHIN}, got 1e+39. Logits are computed in it.",
+    ),
+    "softcap under float32": (
+        (jaxs, N, {"logits_soft_cap": 1e-40}),
+        ValueError,
+        f"`logits_soft_cap` must {WITHIN}, got 1e-40. Logits are computed in it.",
+    ),
+    "scale over float32": (
+        (flash, Q, {"scale": -1e39}),
+        ValueError,
+        f"`scale` must {WITHIN}, got -1e+39. Logits are computed in it.",
+    ),
+    "scale under float32": (
+        (cosine, Q, {"scale": 1e-46}),
+        ValueError,
+        f"`scale` must {WITHIN}, got 1e-46. Logits are computed in it.",
     ),
     "softcap zero": (
         (flash, Q, {"softcap": 0.0}),
@@ -938,6 +997,7 @@ def test_every_engine_refuses_in_the_same_words(implementation):
 
 # The arrays of a call become tracers, as under jit; what only values can tell is not seen then.
 SEEN = ("segments that int32", "lengths beyond", "negative lengths", "in one head", "offsets bey")
+SEEN += ("ids as a mask", "that are 0 and 1")
 SHAPES = [
     name
     for name, (call, _, text) in ATTENTION.items()
@@ -1050,3 +1110,56 @@ def test_long_value_is_not_spelled_out():
     assert _check.shown([1.0] * 1000) == "list ..."
     assert _check.shown(jnp.ones((2, 3), jnp.float32)) == "float32[2, 3]"
     assert _check.shown((1, 2)) == "tuple (1, 2)"
+
+
+def test_array_that_was_deleted_is_named():
+    given = jax.numpy.ones((6, 8), F32)
+    given.delete()
+    says = r"`k` must hold values, got float32\[6, 8\], which is deleted\. It was donated"
+    with pytest.raises(ValueError, match=says):
+        flash(q2, given, q2)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("key_padding_mask", r"Pass ~key_padding_mask as `mask`: True = may attend"),
+        ("score_mod", r"Pass what it adds as `bias`"),
+        ("mask_mod", r"Pass `mask`, `causal`, `window`"),
+        ("block_mask", r"Pass `mask`, `causal`, `window`"),
+        ("attn_bias", r"Did you mean `bias`\?"),
+        ("segment_ids", r"Pass `q_segment_ids` and `kv_segment_ids`"),
+    ],
+)
+def test_option_of_another_library_is_told_what_stands_for_it(option, says):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'.* {says}"):
+        flash(q, k, v, **{option: None})
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), 1.0])
+def test_rate_is_checked_before_it_is_found_to_be_none(rate):
+    for attend in (attention_fn, make_attention_fn(similarity="cosine")):
+        with pytest.raises(ValueError, match="`dropout_rate` must be"):
+            attend(query, key, value, dropout_rate=rate)
+        with pytest.raises(ValueError, match="`dropout_rate` must be"):
+            attend(query, key, value, dropout_rate=rate, deterministic=True)
+
+
+def test_forward_mode_of_the_default_is_refused_in_the_documented_words():
+    # JAX raises it, and nobody else can: so the words have to be found by a search.
+    attend = lambda q: flash(q, q2, q2)  # noqa: E731
+    for differentiate in (
+        lambda: jax.jvp(attend, (q2,), (q2,)),
+        lambda: jax.jacfwd(attend)(q2),
+        lambda: jax.hessian(lambda q: attend(q).sum())(q2),
+    ):
+        with pytest.raises(TypeError) as raised:
+            differentiate()
+        assert str(raised.value) == NO_FORWARD_MODE
+    for function in (f.flash_attention, f.dot_product_attention):
+        assert NO_FORWARD_MODE in " ".join((function.__doc__ or "").split())
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert NO_FORWARD_MODE in readme
+    assert NO_FORWARD_MODE in str(f.explain(q, q, q))
+    assert NO_FORWARD_MODE not in str(f.explain(q, q, q, differentiation="any"))
+    assert jax.jvp(lambda q: flash(q, q2, q2, differentiation="any"), (q2,), (q2,))
