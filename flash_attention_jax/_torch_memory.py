@@ -6,6 +6,7 @@ allocate is). A result that lies where an input or another result lies is cloned
 
 # Where torch is not installed, pyright takes torch.py of this folder for it.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# pyright: reportInvalidTypeForm=false
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ Where nobody looks, `_torch_bridge` does the same without the operator, in less 
 
 # Where torch is not installed, pyright takes torch.py of this folder for it.
 # pyright: reportAttributeAccessIssue=false, reportInvalidTypeForm=false
+# pyright: reportFunctionMemberAccess=false
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reading a call from torch: its arrays, the program that is the rest, and what cannot cross."""
 
 # Where torch is not installed, pyright takes torch.py of this folder for it.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportInvalidTypeForm=false
 
 from __future__ import annotations
 
