@@ -417,13 +417,9 @@ def cotangent_that_is_not_finite_stays_at_a_row_that_sees_no_key(subject: Subjec
     # The derivative of the norm of a row of zeros is NaN, that of its log infinite.
     mask = coins(2, 1, 11, 13)
     mask[:, :, 3:5] = False
-<<<<<<< Updated upstream
     hiding: tuple[dict[str, Any], ...]
     hiding = {"mask": mask, "sinks": normal(2)}, {"bias": np.where(mask, 0.0, -np.inf)}
     for options in hiding:
-=======
-    for options in ({"mask": mask, "sinks": normal(2)}, {"bias": np.where(mask, 0.0, -np.inf)}):
->>>>>>> Stashed changes
         run, (floats, others) = subject.program(plain(return_lse=True, **options))
         row = np.zeros((2, 2, 11, 1), bool)
         row[:, :, 3:5] = True
