@@ -74,6 +74,8 @@ class KVCache:
     def trim(self, n: int | Int[ArrayLike, " batch"]) -> KVCache:
         """Takes the last tokens of each sequence out again, as those of a draft that was refused.
 
+        Tokens that overran inside `jit` were never stored (see `append`), and do not count.
+
         Args:
             n: how many, at least 0: one number, or integers (batch,). Where they are more than a
                 sequence has: an error outside `jit`; inside, all of it.
@@ -100,9 +102,8 @@ class KVCache:
             )
             _check.fail("cache", "hold every token where it is trimmed", got, advice)
         if isinstance(n, (int, np.integer)) and not isinstance(n, bool):
-            n = np.asarray(
-                _check.whole("n", n, least=0, advice="Add tokens with append."), np.int32
-            )
+            n = _check.whole("n", n, least=0, advice="Add tokens with append.")
+            n = np.asarray(min(n, 2**31 - 1), np.int32)
         _check.integer("n", n)
         shape = self.lengths.shape
         _check.shape_is("n", n, [(), shape], f"() or (batch,) = {shape}", "One per sequence.")
@@ -294,7 +295,7 @@ def cached_attention(
             got = _check.shown(options[name])
             _check.fail(name, "be left out beside a cache", got, advice)
     after = append(cache, key, value, lengths)
-    relative = _check_relative(options.pop("relative_bias", None), query, cache)
+    relative = _check_relative(options.pop("relative_bias", None), query, cache, options)
     if lengths is not None:
         options["query_seq_lengths"] = jnp.asarray(lengths).astype(jnp.int32)
     if cache.is_ring:
@@ -310,8 +311,9 @@ def cached_attention(
         row = jnp.moveaxis(relative[:, _diagonals_of_slots(cache, relative)], 0, 1)[:, :, None]
         bias = options.get("bias")
         if bias is not None:
-            _check.floating("bias", bias)
-            wide = np.promote_types(np.promote_types(bias.dtype, np.float32), row.dtype)
+            wide = np.promote_types(
+                jnp.promote_types(_check.dtype_name(bias), "float32"), row.dtype
+            )
             row = jnp.asarray(bias).astype(wide) + row.astype(wide)
         options["bias"] = row
         relative = None
@@ -331,14 +333,34 @@ def cached_attention(
     return _attend_one_by_one(query, keys, values, relative, options), after
 
 
-def _check_relative(relative: Any, query: ArrayLike, cache: KVCache) -> Array | None:
-    """The relative bias, (heads or 1, 2 * n - 1) with n at least the capacity."""
+def _check_relative(
+    relative: Any, query: ArrayLike, cache: KVCache, options: dict[str, Any]
+) -> Array | None:
+    """The relative bias, (heads or 1, 2 * n - 1) with n at least the capacity.
+
+    Beside it mask, bias and ids are cut or added to before `dot_product_attention` sees them; so
+    they are checked here, with the sizes of the user's call.
+    """
     if relative is None:
         return None
+    _check.floating("query", query)
+    _check.rank("query", query, (4,), "(batch, new, heads, dim)")
     _check.floating("relative_bias", relative)
-    shape, heads, least = tuple(relative.shape), query.shape[2], 2 * cache.capacity - 1
+    (batch, new, heads), slots = query.shape[:3], cache.capacity
+    for name, axes, target in (
+        ("mask", "(b, h, i, j)", (batch, heads, new, slots)),
+        ("bias", "(b, h, i, j)", (batch, heads, new, slots)),
+        ("q_segment_ids", "(batch, length)", (batch, new)),
+        ("kv_segment_ids", "(batch, length)", (batch, slots)),
+    ):
+        x = options.get(name)
+        if x is not None:
+            (_check.floating if name == "bias" else _check.array)(name, x)
+            advice = "An axis may be 1; that of the keys is as long as the cache."
+            _check.broadcasts(name, x, target, axes, advice)
+    shape, least = tuple(relative.shape), 2 * slots - 1
     rows = shape[:-1] in ((), (1,), (heads,))
-    if not rows or shape[-1] < least or shape[-1] % 2 == 0:
+    if not (shape and rows) or shape[-1] < least or shape[-1] % 2 == 0:
         requirement = (
             f"have shape (heads, 2 * n - 1) with heads={heads} and n at least the cache's capacity "
             f"{cache.capacity}, or without the heads"
@@ -371,6 +393,13 @@ def _attend_one_by_one(
         if options.get(name) is not None
     }
     lengths = {name: options.pop(name) for name in ("q_offset", "key_value_seq_lengths")}
+    keys_of_dropout = None
+    if options.get("dropout_key") is not None:
+        # Each call would drop what the first sequence of a batch does.
+        key = options.pop("dropout_key")
+        _check.random_key("dropout_key", key)
+        folds = jnp.arange(batch, dtype=jnp.uint32)
+        keys_of_dropout = jax.vmap(lambda row: jax.random.fold_in(key, row))(folds)
     for name in ("mask", "bias"):
         if name in given and given[name].ndim < 4:
             given[name] = jnp.asarray(given[name])[(None,) * (4 - given[name].ndim)]
@@ -381,14 +410,16 @@ def _attend_one_by_one(
     # Entry j - i + new - 1 of a call is at positions j and q_offset + i.
     entries = jnp.arange(new + slots - 1, dtype=jnp.int32) - (new - 1) + middle
 
-    def one(*arrays: Any) -> Any:
+    def one(dropout_key: Any, *arrays: Any) -> Any:
         (query, keys, values), given, lengths = jax.tree.map(lambda x: jnp.asarray(x)[None], arrays)
         index = jnp.clip(entries - lengths["q_offset"], 0, 2 * middle)
         terms = {**given, **lengths, **shared, "relative_bias": relative[:, index]}
+        if dropout_key is not None:
+            terms["dropout_key"] = dropout_key
         out = dot_product_attention(query, keys, values, **terms, **options)
         return jax.tree.map(lambda x: x[0], out)
 
-    return jax.vmap(one)((query, keys, values), given, lengths)
+    return jax.vmap(one)(keys_of_dropout, (query, keys, values), given, lengths)
 
 
 def _stored(x: ArrayLike, cache: KVCache) -> Array:

@@ -250,6 +250,45 @@ def test_relative_bias_takes_no_memory_that_grows_with_both_lengths(rng, new):
     assert memory.temp_size_in_bytes < copied + 6 * relative.nbytes
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradient_of_a_relative_bias_is_that_of_the_whole_pass(rng, window):
+    q, k, v = inputs(rng, length=4)
+    cotangent = jnp.asarray(rng.normal(size=(2, 4, 4, 5)))
+    relative = jnp.asarray(rng.normal(size=(4, 2 * 4 - 1)))
+    cache = init_cache(2, 4, 2, 8, v_dim=5, window=window, dtype=FLOAT)
+
+    def whole(relative):
+        out = whole_pass(q, k, v, window, relative_bias=relative, implementation="dense")
+        return (cotangent * out).sum()
+
+    def cut(relative):
+        options = {"relative_bias": relative, "implementation": "blocked"}
+        return (cotangent * in_chunks([3, 1], q, k, v, cache, **options)[0]).sum()
+
+    expected = jax.grad(whole)(relative)
+    np.testing.assert_allclose(jax.grad(cut)(relative), expected, atol=1e-12)
+
+
+def test_dropout_beside_a_relative_bias_differs_between_sequences(rng):
+    x = jnp.broadcast_to(jnp.asarray(rng.normal(size=(1, 3, 1, 8)), jnp.float32), (2, 3, 1, 8))
+    options = {"relative_bias": jnp.zeros(15, jnp.float32), "implementation": "dense"}
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        dropped, _ = cached_attention(
+            x, x, x, init_cache(2, 8, 1, 8), dropout_rate=0.5, dropout_key=key, **options
+        )
+        assert (dropped[0] != dropped[1]).any()
+
+
+def test_bias_of_numpy_s_float64_beside_a_relative_bias_is_float32_without_x64(rng):
+    with jax.enable_x64(False):
+        x = jnp.asarray(rng.normal(size=(2, 1, 1, 8)), jnp.float32)
+        options = {"relative_bias": jnp.zeros(15, jnp.float32), "implementation": "dense"}
+        bias, cache = rng.normal(size=(2, 1, 1, 8)), init_cache(2, 8, 1, 8)
+        out, _ = cached_attention(x, x, x, cache, bias=bias, **options)
+        expected, _ = cached_attention(x, x, x, cache, bias=bias, implementation="dense")
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
 # --- tokens taken out again ---
 
 
@@ -285,6 +324,11 @@ TRIMS = {
         init_cache(2, 8, 1, 4),
         np.asarray([0, 1]),
         "`n` must be within 0 and the 0 tokens that are there, got 1 in sequence 1.",
+    ),
+    "far too many": (
+        init_cache(2, 8, 1, 4),
+        2**40,
+        "`n` must be within 0 and the 0 tokens that are there, got 2147483647 in sequence 0.",
     ),
     "negative": (init_cache(2, 8, 1, 4), -1, "`n` must be at least 0, got -1."),
     "negatives": (
@@ -355,6 +399,7 @@ def call(**change):
 
 
 ONES = jnp.ones((2, 3, 1, 4), jnp.float32)
+RELATIVE = jnp.ones((15,), jnp.float32)
 BAD = {
     "dim": (
         {"key": ONES[..., :3]},
@@ -394,6 +439,35 @@ BAD = {
     "relative bias of even length": (
         {"relative_bias": jnp.ones((16,), jnp.float32)},
         "`relative_bias` must have shape (heads, 2 * n - 1)",
+    ),
+    "relative bias without axes": (
+        {"relative_bias": jnp.ones((), jnp.float32)},
+        "`relative_bias` must have shape (heads, 2 * n - 1)",
+    ),
+    "query beside a relative bias": (
+        {"query": ONES[0], "relative_bias": RELATIVE},
+        "`query` must have the axes (batch, new, heads, dim), got shape (3, 1, 4).",
+    ),
+    "mask beside a relative bias": (
+        {"mask": jnp.ones((3, 1, 3, 8), bool), "relative_bias": RELATIVE},
+        "`mask` must broadcast to (b, h, i, j) = (2, 1, 3, 8), got shape (3, 1, 3, 8). "
+        "An axis may be 1; that of the keys is as long as the cache.",
+    ),
+    "a list as mask beside a relative bias": (
+        {"mask": [True], "relative_bias": RELATIVE},
+        "`mask` must be an array, got list. Wrap it in jnp.asarray.",
+    ),
+    "ids beside a relative bias": (
+        {"kv_segment_ids": jnp.ones((2, 3), jnp.int32), "relative_bias": RELATIVE},
+        "`kv_segment_ids` must broadcast to (batch, length) = (2, 8), got shape (2, 3).",
+    ),
+    "bias of one token beside a relative bias": (
+        {
+            **dict.fromkeys(("query", "key", "value"), ONES[:, :1]),
+            "bias": jnp.ones((1, 1, 7), jnp.float32),
+            "relative_bias": RELATIVE,
+        },
+        "`bias` must broadcast to (b, h, i, j) = (2, 1, 1, 8), got shape (1, 1, 7).",
     ),
     "causal": (
         {"is_causal": False},
