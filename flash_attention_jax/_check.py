@@ -320,10 +320,13 @@ def lengths_within(name: str, x: Any, limit: Size) -> None:
         )
 
 
-def finite(name: str, x: Any) -> None:
-    """Finite values, where they can be seen."""
+def finite(name: str, x: Any, *, or_less: bool = False) -> None:
+    """Finite values, or with `or_less` -inf too, where they can be seen."""
     values = concrete(x)
-    if values is not None and not np.isfinite(values.astype(np.float64)).all():
+    if values is None:
+        return
+    values = values.astype(np.float64)
+    if not (np.isfinite(values) | (or_less & (values == -np.inf))).all():
         fail(name, "be finite", str(values.tolist()), "Look for where it was computed.")
 
 

@@ -401,15 +401,14 @@ class _Reader:
         b, h, i, j = sizes["batch"], sizes["heads"], sizes["q_len"], sizes["k_len"]
         shape = tuple(x.shape)
         advice = "An axis may be 1; see the docstring for fewer axes."
-        if is_mask and len(shape) < 2 and not (shape and self._unbatched):
-            # One that broadcasts from the right would hide the same keys in every batch entry.
+        alone = self._unbatched or self.layout == "heads_last"  # where (j,) has one meaning
+        if is_mask and len(shape) < 2 and not (shape and alone):
+            # (j,) could as well be (b,), of which two axes have the first.
             few = "(bh, j) or (bh, i, j)" if self._merged else "(b, h, i, j)"
             few = "(j,) or (i, j)" if self._unbatched else few
             if self.layout == "heads_first" and not (self._merged or self._unbatched):
                 few = "(b, j), or three or four that broadcast to (b, h, i, j)"
             meant = f"For all of the batch pass {name}[None]." if shape and not self._merged else ""
-            if self.layout == "heads_last" and shape:
-                meant = f"For all of the batch pass {name}[None, None, None]."
             _check.fail(name, f"have the axes {few}", f"shape {shape}", meant)
         if shape == (b, i, j) and not batch_dim and not self._unbatched:
             advice = f"One per batch entry is {name}[:, None]."
@@ -519,6 +518,7 @@ class _Reader:
                 _check.shape_is(
                     name, x, shapes, f"(heads,) = {(heads,)}", "Pass one entry per head."
                 )
+                _check.finite(name, x, or_less=name == "sinks")
                 terms[name] = (x, (heads,) if x.shape == (heads,) else (1,), _check.dtype_name(x))
         return terms
 

@@ -217,11 +217,10 @@ MASKS = {
         "`mask` must have the axes (b, j), or three or four that broadcast to (b, h, i, j), got "
         "shape (6,). For all of the batch pass mask[None].",
     ),
-    "mask of one axis in JAX's convention": (
-        (jaxs, N, {"mask": a(6, dtype=bool)}),
+    "mask without axes in JAX's convention": (
+        (jaxs, N, {"mask": np.array(True)}),
         ValueError,
-        "`mask` must have the axes (b, h, i, j), got shape (6,). For all of the batch pass "
-        "mask[None, None, None].",
+        "`mask` must have the axes (b, h, i, j), got shape ().",
     ),
     "mask of one axis beside merged heads": (
         (flash, (q3, q3, q3, a(6, dtype=bool)), {}),
@@ -1110,6 +1109,15 @@ def test_long_value_is_not_spelled_out():
     assert _check.shown([1.0] * 1000) == "list ..."
     assert _check.shown(jnp.ones((2, 3), jnp.float32)) == "float32[2, 3]"
     assert _check.shown((1, 2)) == "tuple (1, 2)"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sinks", np.nan), ("sinks", np.inf), ("alibi_slopes", np.nan), ("alibi_slopes", -np.inf)],
+)
+def test_terms_of_heads_that_are_no_numbers_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"`{option}` must be finite, got"):
+        flash(q, k, v, **{option: np.array([0, 1, value, 0], F32)})
 
 
 def test_array_that_was_deleted_is_named():
