@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flash_attention_jax import _check, _context, _local, _parts, _read
-from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call
 from flash_attention_jax._context import Plan
 from flash_attention_jax._front import check_implementation, check_names
 from flash_attention_jax._order import shard_positions, unzigzag, zigzag
@@ -230,11 +230,35 @@ def ulysses_attention(
 
 
 def _resharding(mesh: Any) -> Any:
-    """What brings an array into place where JAX leaves that to us: on a mesh of explicit axes."""
+    """What brings an array into place where JAX leaves that to us: along a mesh's explicit axes."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    explicit = {
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Explicit
+    }
+    if not explicit:
         return lambda x, spec: x  # shard_map does
-    return lambda x, spec: jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+    def place(x: Any, spec: PartitionSpec) -> Any:
+        """The array with its explicit axes as a spec says; shard_map sees to the others."""
+        entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+        named = (tuple(axis for axis in entry if axis in explicit) or None for entry in entries)
+        return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, PartitionSpec(*named)))
+
+    return place
+
+
+def _entered(name: str, x: Any, place: Any) -> Any:
+    """An array with a gradient, on the mesh before it is padded or cut.
+
+    The gradient of an array whose type knows no mesh would come back cut along the padded length,
+    from which JAX cannot take the padding away.
+    """
+    if name not in DIFFERENTIABLE:
+        return x
+    x = jnp.asarray(x)
+    return place(x, PartitionSpec(*[None] * x.ndim)) if jax.typeof(x).sharding.mesh.empty else x
 
 
 def _sizes(mesh: Any) -> Mapping[str, int]:
@@ -348,7 +372,9 @@ def context_parallel_attention(
         k: Keys.
         v: Values.
         mask: As in `flash_attention`.
-        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`.
+        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`. Its axes may be automatic,
+            explicit or both. On explicit ones `jax.grad` outside `jax.jit` needs `jax.set_mesh`, as
+            it does for any function of JAX.
         length_axis: The mesh axis along which the length is cut; or two, (ring, heads): a ring over
             the first, and the heads shared over the second, which is the inner one of the length.
         batch_axis: The mesh axis along which the batch is cut, or None.
@@ -391,7 +417,9 @@ def context_parallel_attention(
     )
     sizes = _sizes(mesh)
     multiple = math.prod(sizes[axis] for axis in length)
-    given = _read.arrays(reading.call, reading.given)
+    place = _resharding(mesh)
+    entered = {name: _entered(name, x, place) for name, x in reading.given.items()}
+    given = _read.arrays(reading.call, entered)
     call, given = _context.padded(reading.call, given, multiple)
     whole = {name: x for name, x in given._asdict().items() if x is not None}
     over = length if len(length) == 2 else length[0]
@@ -408,18 +436,18 @@ def context_parallel_attention(
     }
     in_specs = {name: _spec(name, x, call, cut) for name, x in whole.items()}
     out_specs = {name: _spec(name, x, call, cut) for name, x in results.items()}
-    place = _resharding(mesh)
     whole = {name: place(x, in_specs[name]) for name, x in whole.items()}
     out, lse = jax.shard_map(
         attend, mesh=mesh, in_specs=(in_specs,), out_specs=(out_specs["out"], out_specs["lse"])
     )(whole)
-    if call.q_len > reading.call.q_len:
-        at = _parts.roles(call.layout, "out").index("i")
+    padded = call.q_len > reading.call.q_len
+    if padded:
         cut |= {"i": None}  # what is left can no longer be shared equally
-        out, lse = (
-            place(x, _spec(name, x, call, cut))[(slice(None),) * at + (slice(reading.call.q_len),)]
-            for name, x in (("out", out), ("lse", lse))
-        )
+    # Where nothing moves, a cotangent that knows no mesh is brought into place by this.
+    out, lse = (place(x, _spec(name, x, call, cut)) for name, x in (("out", out), ("lse", lse)))
+    if padded:
+        at = _parts.roles(call.layout, "out").index("i")
+        out, lse = (x[(slice(None),) * at + (slice(reading.call.q_len),)] for x in (out, lse))
     out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
     return (out, lse) if options.get("return_lse", False) else out
 

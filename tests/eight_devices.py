@@ -279,6 +279,41 @@ def test_same_input_gives_the_same_bits_on_explicit_axes_too():
         assert (np.asarray(x) == np.asarray(second[name])).all(), name
 
 
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
+@pytest.mark.parametrize("length", [16, 13])
+def test_arrays_that_know_no_mesh_meet_explicit_axes(length, way):
+    named = {name: jnp.asarray(x) for name, x in problem(length=length).items()}
+    options = {"causal": True, "return_lse": True}
+
+    def found(attend):
+        (out, lse), pull = jax.vjp(lambda named: attend(**named, **options), named)
+        cotangents = normal(*out.shape), normal(*lse.shape)
+        return {"out": out, "lse": lse} | pull(tuple(map(jnp.asarray, cotangents)))[0]
+
+    attend = functools.partial(
+        context_parallel_attention, mesh=mesh(True, context=4), context_parallel=way
+    )
+    agree(found(attend), found(flash_attention))
+
+
+@pytest.mark.parametrize("explicit", ["context", "data"])
+def test_mesh_may_have_axes_of_both_kinds(explicit):
+    where = Mesh(
+        np.array(jax.devices()).reshape(2, 4),
+        ("data", "context"),
+        axis_types=tuple(
+            AxisType.Explicit if axis == explicit else AxisType.Auto for axis in ("data", "context")
+        ),
+    )
+    named = problem(length=13)
+    options = {"causal": True, "return_lse": True}
+    attend = functools.partial(
+        context_parallel_attention, mesh=where, batch_axis="data", context_parallel="ring"
+    )
+    want = results(functools.partial(flash_attention, **options), named)
+    agree(results(functools.partial(attend, **options), named), want)
+
+
 def test_forward_mode_goes_through_the_ring():
     named = problem(length=8)
     options = {"differentiation": "any", "causal": True}
