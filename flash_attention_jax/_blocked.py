@@ -7,9 +7,10 @@ rescale.
 
 Backward (algorithm 2): for each block of keys, walk the query blocks, recompute the probabilities
 from lse, and add the block's share to each gradient. Everything that the backward needs of the
-softmax is in lse and delta = rowsum(out * dout) - dlse, so the gradients are plain sums over
-blocks. `_pair_sum` is that sum, for any function of a block; its own derivative is again such a
-sum, of the function's transpose, so reverse mode nests without end and stays O(n).
+softmax is in lse, with what it lacks (`_results`), and delta = rowsum(out * dout) - dlse, so the
+gradients are plain sums over blocks. `_pair_sum` is that sum, for any function of a block; its own
+derivative is again such a sum, of the function's transpose, so reverse mode nests without end and
+stays O(n).
 
 What was measured on CPU (XLA, 2 cores), and what follows from it:
 

@@ -158,8 +158,18 @@ def shape_is(
         fail(name, f"have shape {meaning}", f"shape {tuple(x.shape)}", advice)
 
 
-def number(name: str, x: Any, *, positive: bool = False) -> float:
-    """A finite Python or NumPy number that float32 can hold: 0, or one of its normal numbers."""
+def number(
+    name: str,
+    x: Any,
+    *,
+    positive: bool = False,
+    within: tuple[float, float] = (_LEAST, _MOST),
+    why: str = "Logits are computed in float32.",
+) -> float:
+    """A finite Python or NumPy number: 0, or one whose magnitude is `within` a range.
+
+    The range is that of float32's normal numbers, if no other is given, and `why` says why.
+    """
     if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
         fail(
             name,
@@ -168,14 +178,24 @@ def number(name: str, x: Any, *, positive: bool = False) -> float:
             "Pass a Python float.",
             TypeError,
         )
-    if not math.isfinite(x):
+    # An int may be too long for a float, and for an error to spell out.
+    if not isinstance(x, (int, np.integer)) and not math.isfinite(x):
         fail(name, "be finite", repr(float(x)), "Look for where it was computed.")
     if positive and x <= 0:
         fail(name, "be positive", repr(x), "Use None for none.")
-    if x and not _LEAST <= abs(x) <= _MOST:
-        requirement = f"be within float32, 0 or from {_LEAST:.4g} to {_MOST:.4g} in magnitude"
-        fail(name, requirement, repr(x), "Logits are computed in it.")
+    if x and not within[0] <= abs(x) <= within[1]:
+        requirement = f"be from {within[0]:.4g} to {within[1]:.4g} in magnitude"
+        if not positive:
+            requirement = f"be 0 or {requirement.removeprefix('be ')}"
+        got = shown(x) if isinstance(x, int) else repr(float(x))
+        fail(name, requirement, got, why)
     return float(x)
+
+
+def softcap(name: str, x: Any) -> float:
+    """A bound of the logits that keeps them: logits / softcap may neither vanish nor overflow."""
+    why = "Beyond, the quotient of a logit and it leaves float32. Use None for none."
+    return number(name, x, positive=True, within=(2.0**-100, 2.0**100), why=why)
 
 
 def rate(name: str, x: Any) -> float:
@@ -285,13 +305,12 @@ def concrete(x: Any) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def fits_int32(name: str, x: Any) -> None:
+def fits_int32(name: str, x: Any, advice: str = "Number the segments from 0.") -> None:
     """Values that keep their meaning as int32, where they can be seen."""
     values = concrete(x) if x.dtype.itemsize > 4 else None
     if values is not None and values.size:
         worst = max(int(values.max()), -int(values.min()) - 1)
         if worst >= 2**31:
-            advice = "Number the segments from 0."
             fail(name, "fit int32", str(worst), advice)
 
 

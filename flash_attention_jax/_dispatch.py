@@ -36,12 +36,14 @@ class Implementation:
         why_not: Why it cannot run a call, or None.
         attend: Runs it; None where nothing can (its `why_not` always says so).
         chosen: Whether it is taken without being named.
+        forward_mode: Whether `jax.jvp` differentiates it: it has no rule of its own.
     """
 
     name: str
     why_not: Callable[[Call], str | None]
     attend: Attend | None
     chosen: bool = True
+    forward_mode: bool = False
 
 
 TABLE = (
@@ -51,9 +53,9 @@ TABLE = (
     # O(n) memory everywhere, reverse mode to any order.
     Implementation("blocked", _blocked.why_not, _blocked.attend),
     # Every mode of differentiation, about twice the work backward.
-    Implementation("checkpointed", _checkpointed.why_not, _checkpointed.attend),
+    Implementation("checkpointed", _checkpointed.why_not, _checkpointed.attend, forward_mode=True),
     # O(T * S) memory: the oracle, chosen unasked only where a length is symbolic.
-    Implementation("dense", _dense.why_not, _dense.attend, chosen=False),
+    Implementation("dense", _dense.why_not, _dense.attend, chosen=False, forward_mode=True),
 )
 
 NAMES = tuple(entry.name for entry in TABLE)
@@ -86,8 +88,6 @@ def engine(name: str) -> Attend:
 NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function."
 """What JAX says, and nobody can catch, where forward mode meets a rule of reverse mode alone."""
 
-FORWARD_MODE = ("checkpointed", "dense")
-
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -114,7 +114,7 @@ class Explanation:
             f"backward: {self.backward}",
             f"platform: {self.platform}",
         ]
-        if self.forward not in FORWARD_MODE:
+        if not next(entry.forward_mode for entry in TABLE if entry.name == self.forward):
             lines.append(f"jvp:      JAX {NO_FORWARD_MODE!r}; pass differentiation='any'")
         width = max(map(len, self.reasons))
         return "\n".join(

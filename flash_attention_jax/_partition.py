@@ -33,7 +33,6 @@ from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size
 from flash_attention_jax._results import Results, saved
 from flash_attention_jax._similarity import normalised
 
-Attend = Callable[[Call, Arrays], tuple[jax.Array, jax.Array]]
 Blocks = dict[str, Any]
 Names = tuple[str, ...]
 

@@ -196,9 +196,7 @@ def read(
         causal=causal,
         window=window,
         offset=0 if "q_offset" in terms else offset,
-        softcap=None
-        if softcap is None
-        else _check.number(reader.name("softcap"), softcap, positive=True),
+        softcap=None if softcap is None else _check.softcap(reader.name("softcap"), softcap),
         dropout_rate=dropout_rate,
         terms=tuple((name, shape, dtype) for name, (_, shape, dtype) in terms.items()),
         block_q=reader.block("block_q"),

@@ -423,17 +423,22 @@ def _feed_forward(
 def _check_tokens(name: str, tokens: Any, lengths: Any, num_tokens: int | None) -> None:
     """That the real tokens are integers in [0, num_tokens), where their values can be seen."""
     _check.integer(name, tokens)
-    values = _check.concrete(tokens)
-    if values is None or not values.size:
-        return
-    known = None if lengths is None else _check.concrete(lengths)
+    _check.rank(name, tokens, (2,), "(batch, length)")
     if lengths is not None:
-        if known is None:
-            return
+        _check.integer("lengths", lengths)
+        shape, advice = (tokens.shape[0],), "Pass one length per sequence."
+        _check.shape_is("lengths", lengths, {shape}, f"(batch,) = {shape}", advice)
+    values = _check.concrete(tokens)
+    known = None if lengths is None else _check.concrete(lengths)
+    if values is None or (lengths is not None and known is None):
+        return
+    if known is not None:
         values = values[np.arange(values.shape[1]) < known[:, None]]
     if not values.size:
         return
     low, high = int(values.min()), int(values.max())
+    if num_tokens is None:
+        _check.fits_int32(name, values, "Look at the tokenizer.")
     if low < 0 or (num_tokens is not None and high >= num_tokens):
         least = "hold tokens of at least 0" if num_tokens is None else ""
         requirement = least or f"hold tokens in [0, num_tokens={num_tokens})"
@@ -448,8 +453,8 @@ def _read_tokens(tokens: Array | np.ndarray, lengths: Any, num_tokens: int) -> A
     become 0: their NaN would reach the gradients of the weights.
     """
     _check_tokens("tokens", tokens, lengths, num_tokens)
-    ids = jnp.asarray(tokens)
-    ids = jnp.where(ids < 0, jnp.asarray(num_tokens, ids.dtype), ids)
+    ids = jnp.asarray(tokens).astype(jnp.int32)  # a byte could not say `num_tokens`
+    ids = jnp.where(ids < 0, jnp.int32(num_tokens), ids)
     if lengths is None:
         return ids
     real = jnp.arange(ids.shape[1], dtype=jnp.int32) < jnp.asarray(lengths)[:, None]

@@ -120,14 +120,14 @@ def flash_attention_varlen(
     """
     _check.choice("similarity", similarity, ("dot", "cosine"))
     _check_packed(q, k, v, alone=cu_seqlens_k is None)
-    same = cu_seqlens_k is None or (cu_seqlens_k is cu_seqlens_q and len(q) == len(k))
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", len(q))
+    same = cu_seqlens_k is None or (cu_seqlens_k is cu_seqlens_q and q.shape[0] == k.shape[0])
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0])
     _check_max_seqlen("max_seqlen_q", max_seqlen_q, "cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is None or same:
         _check_max_seqlen("max_seqlen_k", max_seqlen_k, "cu_seqlens_q", cu_seqlens_q)
         cu_seqlens_k = cu_seqlens_q
     else:
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", len(k))
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0])
         _check_max_seqlen("max_seqlen_k", max_seqlen_k, "cu_seqlens_k", cu_seqlens_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             got = f"shapes {cu_seqlens_q.shape} and {cu_seqlens_k.shape}"
@@ -136,9 +136,9 @@ def flash_attention_varlen(
 
     starts_q = jnp.asarray(cu_seqlens_q).astype(jnp.int32)
     starts_k = jnp.asarray(cu_seqlens_k).astype(jnp.int32)
-    sequences = len(starts_q) - 1
-    q_sequence = _sequence_of_token(starts_q, len(q))
-    kv_sequence = _sequence_of_token(starts_k, len(k))
+    sequences = starts_q.shape[0] - 1
+    q_sequence = _sequence_of_token(starts_q, q.shape[0])
+    kv_sequence = _sequence_of_token(starts_k, k.shape[0])
     # Tokens past the end are in sequence b on both sides. Those of the keys move on to b + 1, so
     # that no query meets them. Both stay sorted, so each query still sees one range of keys.
     kv_segment_ids = jnp.where(kv_sequence == sequences, sequences + 1, kv_sequence)
@@ -366,7 +366,10 @@ def pad_input(
 def _sequence_of_token(cu_seqlens: Int[Array, " bounds"], total: int) -> Int[Array, " total"]:
     """The sequence of each token, b for those past the end; empty sequences own none."""
     tokens = jnp.arange(total, dtype=jnp.int32)
-    return jnp.searchsorted(cu_seqlens[1:], tokens, side="right").astype(jnp.int32)
+    ends = cu_seqlens[1:]
+    if not isinstance(ends.shape[0], int):  # a bisection's steps are counted when traced
+        return (ends <= tokens[:, None]).sum(axis=1, dtype=jnp.int32)
+    return jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
 
 
 def _check_packed(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, alone: bool) -> None:
@@ -398,7 +401,7 @@ def _check_cu_seqlens(name: str, value: ArrayLike, packed: str, total: int) -> N
     if falls.size:
         at = int(falls[0]) + 1
         _check.fail(name, "not decrease", f"{starts[at]} after {starts[at - 1]}", advice)
-    if starts[-1] > total:
+    if isinstance(total, int) and starts[-1] > total:
         requirement = f"end within the {total} tokens of `{packed}`"
         _check.fail(name, requirement, str(starts[-1]), advice)
 

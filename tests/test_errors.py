@@ -39,7 +39,10 @@ FEWER = "An axis may be 1; see the docstring for fewer axes."
 GROUPED = "Query head n reads key head n // (heads // key heads)."
 STATIC = "It is static: pass a Python bool."
 UNBOUNDED = "Use None or -1 for an unbounded side."
-WITHIN = "be within float32, 0 or from 1.175e-38 to 3.403e+38 in magnitude"
+WITHIN = "be 0 or from 1.175e-38 to 3.403e+38 in magnitude"
+IN_FLOAT32 = "Logits are computed in float32."
+CAPS = "be from 7.889e-31 to 1.268e+30 in magnitude"
+QUOTIENT = "Beyond, the quotient of a logit and it leaves float32. Use None for none."
 PER_TOKEN = "Pass one id per token; those that all batch entries share are ids[None]."
 LENGTHS = "Lengths count tokens per sequence."
 KEY = "Pass jax.random.key(seed)."
@@ -515,22 +518,32 @@ NUMBERS = {
     "softcap over float32": (
         (flash, Q, {"softcap": 1e39}),
         ValueError,
-        f"`softcap` must {WITHIN}, got 1e+39. Logits are computed in it.",
+        f"`softcap` must {CAPS}, got 1e+39. {QUOTIENT}",
     ),
     "softcap under float32": (
         (jaxs, N, {"logits_soft_cap": 1e-40}),
         ValueError,
-        f"`logits_soft_cap` must {WITHIN}, got 1e-40. Logits are computed in it.",
+        f"`logits_soft_cap` must {CAPS}, got 1e-40. {QUOTIENT}",
+    ),
+    "softcap by which logits vanish": (
+        (flash, Q, {"softcap": 1e38}),
+        ValueError,
+        f"`softcap` must {CAPS}, got 1e+38. {QUOTIENT}",
+    ),
+    "scale of 401 digits": (
+        (flash, Q, {"scale": 10**400}),
+        ValueError,
+        f"`scale` must {WITHIN}, got int .... {IN_FLOAT32}",
     ),
     "scale over float32": (
         (flash, Q, {"scale": -1e39}),
         ValueError,
-        f"`scale` must {WITHIN}, got -1e+39. Logits are computed in it.",
+        f"`scale` must {WITHIN}, got -1e+39. {IN_FLOAT32}",
     ),
     "scale under float32": (
         (cosine, Q, {"scale": 1e-46}),
         ValueError,
-        f"`scale` must {WITHIN}, got 1e-46. Logits are computed in it.",
+        f"`scale` must {WITHIN}, got 1e-46. {IN_FLOAT32}",
     ),
     "softcap zero": (
         (flash, Q, {"softcap": 0.0}),

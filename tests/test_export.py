@@ -14,6 +14,7 @@ from flash_attention_jax import (
     dot_product_attention,
     explain,
     flash_attention,
+    flash_attention_varlen,
     flash_cosine_sim_attention,
     memory_efficient_attention,
 )
@@ -74,6 +75,21 @@ def check(function, specification, *all_sizes, gradient=False):
             *map(jax.tree.leaves, (results(back), results(function))), strict=True
         ):
             np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+# --- packed sequences ---
+
+
+def test_symbolic_tokens_and_sequences_of_packed_calls():
+    def function(q, k, v, bounds):
+        return flash_attention_varlen(q, k, v, bounds, bounds, 7, 7, causal=True)
+
+    back = round_trip(function, "f t 4 4; f t 2 4; f t 2 4; i s")
+    for bounds in ([0, 3, 3, 8], [0, 5]):
+        q, k, v, _ = values("f t 4 4; f t 2 4; f t 2 4; i s", {"t": 9, "s": len(bounds)})
+        starts = jnp.asarray(bounds, jnp.int32)
+        want = function(q, k, v, starts)
+        np.testing.assert_allclose(back(q, k, v, starts), want, atol=1e-5, rtol=1e-5)
 
 
 # --- batch and heads ---

@@ -255,3 +255,32 @@ def test_temperature_may_be_an_array_without_axes(array):
         for t in (array(0.5), 0.5)
     )
     np.testing.assert_array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("shape", "lengths", "says"),
+    [
+        ((5,), None, r"`tokens` must have the axes \(batch, length\), got shape \(5,\)"),
+        ((2, 5), (3,), r"`lengths` must have shape \(batch,\) = \(2,\), got shape \(3,\)"),
+        ((2, 5), (), r"`lengths` must have shape \(batch,\) = \(2,\), got shape \(\)"),
+    ],
+)
+def test_tokens_and_lengths_of_another_shape_are_refused(name, shape, lengths, says):
+    lengths = None if lengths is None else jnp.ones(lengths, jnp.int32)
+    with pytest.raises(ValueError, match=says):
+        MODELS[name].apply(initial(name), jnp.ones(shape, jnp.int32), lengths=lengths)
+
+
+def test_prompt_beyond_int32_is_refused_where_nothing_says_how_many_tokens_there_are():
+    with pytest.raises(ValueError, match=r"`prompt` must fit int32, got 4294967297\. Look at"):
+        generate(Fixed(0.0, 0.0), {}, np.asarray([[2**32 + 1]]), 1, key=KEY, window=1)
+
+
+def test_bytes_are_tokens_of_a_model_of_256():
+    model = CausalTransformer(num_tokens=256, **SIZES)
+    prompt = np.frombuffer(b"\xff def", np.uint8)[None]
+    params = model.init(KEY, prompt)
+    np.testing.assert_array_equal(
+        model.apply(params, prompt), model.apply(params, prompt.astype(np.int32))
+    )
