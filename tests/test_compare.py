@@ -222,7 +222,8 @@ def test_check_of_other_calls(dtype, options, few, capsys):
     found = [largest(cells) for cells in rows(capsys.readouterr().out).values() if cells[0] != "-"]
     assert len(found) == 2
     assert max(found) < 60 * float(jnp.finfo(dtype).eps)
-    assert min(found) > 0 or "1" in options
+    # In float64 the reference is dense itself; one key leaves nothing to round.
+    assert found[0] > 0 or "1" in options
 
 
 @pytest.mark.parametrize("causal", [False, True])
