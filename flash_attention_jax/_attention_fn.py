@@ -171,7 +171,9 @@ def make_attention_fn(
         A function with the arguments of `attention_fn`.
 
     Raises:
-        ValueError: `similarity` is unknown, or `return_residual` was asked for.
+        TypeError: from the function, for an option that the layer passes too, as `dropout_rate`.
+        ValueError: `similarity` is unknown, `dropout_rate` no rate, or `return_residual` was asked
+            for.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -184,6 +186,7 @@ def make_attention_fn(
     if options.pop("return_residual", False):
         advice = "Flax's layers take the output alone; call dot_product_attention yourself."
         _check.fail("return_residual", "be False in an attention_fn", "True", advice)
+    _check.rate("dropout_rate", options.get("dropout_rate", 0.0))
     options |= {"similarity": similarity, "implementation": implementation}
     if scale is not None:
         options["scale"] = scale
@@ -193,6 +196,11 @@ def make_attention_fn(
     # `wraps` and not `partial`: Flax reads the signature to know which arguments it may pass.
     @functools.wraps(attention_fn)
     def configured(*args: Any, **kwargs: Any) -> Array:
+        for name in sorted(options.keys() & kwargs.keys()):
+            made, passed = (_check.shown(given[name]) for given in (options, kwargs))
+            advice = "Flax's layers pass it themselves: give it to the layer alone."
+            got = f"{made} from make_attention_fn and {passed} from its caller"
+            _check.fail(name, "be given once", got, advice, TypeError)
         causal = kwargs.pop("is_causal", False) or is_causal
         return attention_fn(*args, **options, **kwargs, is_causal=causal)
 

@@ -366,8 +366,7 @@ class _Gradients:
         call, dtype = self.call, compute_dtype(self.call)
         at = _masks.positions(call, arrays, tile, COLUMNS)
         visible = _masks.visible(call, arrays, tile, at, COLUMNS) if partial else None
-        k, v, dout = (blocks[name].astype(dtype) for name in ("k", "v", "dout"))
-        q = folded(call, blocks["q"])
+        q, k, v, dout = (blocks[name].astype(dtype) for name in ("q", "k", "v", "dout"))
         lse, low, delta = (blocks[name][:, :, None] for name in ("lse", "low", "delta"))
         if visible is not None:
             rows, columns = (_masks.sees(visible, COLUMNS, letter) for letter in "ij")
@@ -383,9 +382,11 @@ class _Gradients:
             dout = jnp.where(none, jnp.zeros((), dtype), dout)
 
         fold = folds_scale(call)
+        terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
+        scale = terms.pop("scale", None) if fold else None
+        unscaled, q = q, folded(call, q, None if scale is None else _as_rows(scale))
         similarity = _pairs(call, q, k)
         similarity = similarity if fold else scaled(call, similarity)
-        terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
         fixed = {name: x for name, x in terms.items() if name not in self.wanted}
         moving = {name: x for name, x in terms.items() if name in self.wanted}
 
@@ -419,8 +420,17 @@ class _Gradients:
             dk = product(call, ds, q, "bhjri,bhrid->bhjd")
             result["k"] = dk if fold else scaled(call, dk)
         if "q" in self.wanted:
-            result["q"] = scaled(call, product(call, k, ds, "bhjd,bhjri->bhdri"))
+            dq = product(call, k, ds, "bhjd,bhjri->bhdri")
+            result["q"] = scaled(call, dq) if scale is None else dq * scale
+            if scale is not None:
+                along = lax.transpose(unscaled, [0, 1, 4, 2, 3]) * dq
+                result["scale"] = along.sum(axis=(0, 2, 4), keepdims=True)
         return result
+
+
+def _as_rows(scale: jax.Array) -> jax.Array:
+    """A block of the scale, of the axes `COLUMNS`, beside a block of queries "bhrid"."""
+    return lax.transpose(scale, [0, 1, 3, 4, 2])
 
 
 def _pairs(call: Call, rows: jax.Array, columns: jax.Array) -> jax.Array:

@@ -154,8 +154,9 @@ def probabilities_of_the_backward_add_up_to_one_for_large_logits(subject: Subjec
     dtype = _narrow(subject)
     problem = rounded(plain(dim=40, q_len=23, k_len=37, heads=1), dtype)
     dout = problem.cotangents[0].astype(jnp.dtype(dtype)).astype(np.float64).sum(axis=2)
-    for size in (1e2, 1e4):  # logits of 4e4 and 4e8
-        got = subject.run(problem.but(q=problem.q * size, k=problem.k * size), dtype)
+    learned = problem.but(scale=np.array([0.17]))
+    for case, size in ((problem, 1e2), (problem, 1e4), (learned, 1e4)):  # logits of 4e4 and 4e8
+        got = subject.run(case.but(q=case.q * size, k=case.k * size), dtype)
         off = difference(got.gradients["v"].sum(axis=2), dout)
         allowed = 64 * float(jnp.finfo(dtype).eps)
         fail_unless(off <= allowed, f"sum of dv is off by {off:.2g} (allowed {allowed:.2g})")

@@ -50,10 +50,12 @@ def attend(call: Call, arrays: Arrays) -> Results:
 
     # Into the queries where nothing is rounded by it: a compiler may otherwise join the product by
     # the scale to the subtraction of the maximum, which of logits of 1e10 leaves thousands.
-    folds = q.dtype == call.acc_dtype
-    x = product(call, scaled(call, q) if folds else q, k, "bhrid,bhjd->bhrij")
-    x = x if folds else scaled(call, x)
-    x = logits(call, x, cut_terms(arrays, tile, AXES), at, visible, AXES)
+    terms = cut_terms(arrays, tile, AXES)
+    if q.dtype == call.acc_dtype:
+        x = product(call, scaled(call, q) * terms.pop("scale", 1), k, "bhrid,bhjd->bhrij")
+    else:
+        x = scaled(call, product(call, q, k, "bhrid,bhjd->bhrij"))
+    x = logits(call, x, terms, at, visible, AXES)
     m = lax.stop_gradient(x.max(axis=-1, initial=-jnp.inf))
     m = jnp.where(m == -jnp.inf, jnp.zeros((), m.dtype), m)
     p = jnp.exp(below(x, m[..., None]))

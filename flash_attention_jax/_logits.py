@@ -83,7 +83,7 @@ def logits(
     visible: jax.Array | None,
     axes: str,
 ) -> jax.Array:
-    """Logits of one block from similarities that hold a static scale already.
+    """Logits of one block from similarities that hold a scale already, unless the terms have it.
 
     Elementwise in `similarity`; differentiable in it and in the terms. Nothing that is not visible
     reaches the result or, through a derivative, anything else.

@@ -38,7 +38,7 @@ def compute_dtype(call: Call) -> Any:
 
 
 def folds_scale(call: Call) -> bool:
-    """Whether the static scale multiplies the queries (fewer numbers) rather than the product.
+    """Whether the scale multiplies the queries (fewer numbers) rather than the product.
 
     Only where they are in the accumulator's dtype, so that nothing is rounded by it. Forward and
     backward fold it into the same operand: a logit of 1e6 that differed in its last bit would move
@@ -49,13 +49,16 @@ def folds_scale(call: Call) -> bool:
 
 def queries(call: Call, arrays: Arrays, tile: Tile) -> jax.Array:
     """The tile's queries as `step` wants them (b, h, r, i, d)."""
-    return folded(call, tile.take(arrays.q, ROLES["q"][call.layout], "bhrid"))
+    scale = None if arrays.scale is None else tile.take(arrays.scale, "n", "bhrid")
+    return folded(call, tile.take(arrays.q, ROLES["q"][call.layout], "bhrid"), scale)
 
 
-def folded(call: Call, q: jax.Array) -> jax.Array:
-    """Queries as the product wants them: in its dtype, times the static scale where it folds."""
+def folded(call: Call, q: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Queries as the product wants them: in its dtype, times the scale where it folds."""
     q = q.astype(compute_dtype(call))
-    return scaled(call, q) if folds_scale(call) else q
+    if not folds_scale(call):
+        return q
+    return scaled(call, q) if scale is None else q * scale.astype(q.dtype)
 
 
 def start(call: Call, tile: Tile, q: jax.Array) -> Carry:
@@ -90,8 +93,10 @@ def step(
         q = _masks.cleaned(q, "bhrid", _masks.sees(visible, AXES, "i"), AXES)
         k, v = _masks.cleaned(k, "bhjd", seen, AXES), _masks.cleaned(v, "bhje", seen, AXES)
     x = product(call, q, k, "bhrid,bhjd->bhrij")
-    x = x if folds_scale(call) else scaled(call, x)
-    x = logits(call, x, cut_terms(arrays, tile, AXES), at, visible, AXES)
+    folds = folds_scale(call)
+    x = x if folds else scaled(call, x)
+    terms = cut_terms(arrays._replace(scale=None) if folds else arrays, tile, AXES)
+    x = logits(call, x, terms, at, visible, AXES)
 
     m, l, acc = carry
     if m is None:
@@ -102,8 +107,7 @@ def step(
         safe = finite_or_zero(top)
         shrink = jnp.exp(m - safe)
         # Only a scale that multiplies here can be joined to the subtraction.
-        joins = call.has("scale") or not folds_scale(call)
-        shifted = below(x, safe[..., None]) if joins else x - safe[..., None]
+        shifted = x - safe[..., None] if folds else below(x, safe[..., None])
         p = exponential(shifted, call.platform)
         m, l, acc = top, l * shrink, acc * shrink[..., None]
     l = l + p.sum(axis=-1)

@@ -702,6 +702,11 @@ def test_made_attention_fn_refuses_what_no_layer_can_use():
         make_attention_fn(similarity="l2")
     with pytest.raises(ValueError, match=r"^`return_residual` must be False in an attention_fn"):
         make_attention_fn(return_residual=True)
+    with pytest.raises(ValueError, match=r"`dropout_rate` must be .*, got -0\.1"):
+        make_attention_fn(dropout_rate=-0.1)
+    layer = nn.MultiHeadDotProductAttention(2, attention_fn=make_attention_fn(dropout_rate=0.1))
+    with pytest.raises(TypeError, match=r"`dropout_rate` must be given once, got 0\.1 from"):
+        layer.init(jax.random.key(0), jnp.ones((1, 4, 8), jnp.float32))
 
 
 def run_python(code):
