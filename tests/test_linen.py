@@ -705,7 +705,7 @@ def test_made_attention_fn_refuses_what_no_layer_can_use():
     with pytest.raises(ValueError, match=r"`dropout_rate` must be .*, got -0\.1"):
         make_attention_fn(dropout_rate=-0.1)
     layer = nn.MultiHeadDotProductAttention(2, attention_fn=make_attention_fn(dropout_rate=0.1))
-    with pytest.raises(TypeError, match=r"`dropout_rate` must be given once, got 0\.1 from"):
+    with pytest.raises(TypeError, match=r"`dropout_rate` must be given once, got float 0\.1 from"):
         layer.init(jax.random.key(0), jnp.ones((1, 4, 8), jnp.float32))
 
 
