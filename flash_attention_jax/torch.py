@@ -400,7 +400,8 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
         check_dense(lambda name=name: name, x)
         if x.dim() < 2:
             got = f"shape {tuple(x.shape)}"
-            _check.fail(name, "have at least 2 axes", got, "Its last are lengths and dimension.")
+            last = "queries and keys" if name == "attn_mask" else "length and dimension"
+            _check.fail(name, "have at least 2 axes", got, f"Its last two are {last}.")
     if query.shape[-1] != key.shape[-1]:
         advice = "Project them to the same."
         _check.agree(("query", "key"), "the dimension (last axis)", (query, key), advice)
