@@ -44,6 +44,7 @@ from flash_attention_jax._results import (
     finite_or_zero,
     saved,
     sink_shares,
+    without_low,
 )
 from flash_attention_jax._similarity import needs_running_maximum, normalised
 from flash_attention_jax._tiles import LANES, USUAL_GROUP, Plan, Tile, plan
@@ -275,7 +276,8 @@ def gradients(
     dout, dlse = cotangents
     delta = delta_of(results, dout, dlse)
     inputs = {name: x for name, x in floats.items() if name != "sinks"}
-    inputs |= {"dout": dout, "lse": results.lse, "low": results.low, "delta": delta}
+    of_lse = without_low(results, dout, delta)
+    inputs |= {"dout": of_lse[0], "lse": results.lse, "delta": of_lse[1]}
     found: Blocks = {}
     for group in (("q", "k", "v", "scale"), ("bias", "alibi_slopes", "relative_bias")):
         names = tuple(name for name in group if name in floats)
@@ -343,7 +345,6 @@ class _Gradients:
             "v": "bhje",
             "dout": "bhrie",
             "lse": "bhri",
-            "low": "bhri",
             "delta": "bhri",
         }
         names = [*axes, *(name for name in LOGIT_TERMS if self.call.has(name))]
@@ -367,7 +368,7 @@ class _Gradients:
         at = _masks.positions(call, arrays, tile, COLUMNS)
         visible = _masks.visible(call, arrays, tile, at, COLUMNS) if partial else None
         q, k, v, dout = (blocks[name].astype(dtype) for name in ("q", "k", "v", "dout"))
-        lse, low, delta = (blocks[name][:, :, None] for name in ("lse", "low", "delta"))
+        lse, delta = (blocks[name][:, :, None] for name in ("lse", "delta"))
         if visible is not None:
             rows, columns = (_masks.sees(visible, COLUMNS, letter) for letter in "ij")
             q = _masks.cleaned(q, "bhrid", rows, COLUMNS)
@@ -376,10 +377,6 @@ class _Gradients:
                 _masks.cleaned(k, "bhjd", columns, COLUMNS),
                 _masks.cleaned(v, "bhje", columns, COLUMNS),
             )
-        if call.has("bias"):
-            # A row that a bias of -inf hides has no mask that says so.
-            none = blocks["lse"][..., None] == -jnp.inf
-            dout = jnp.where(none, jnp.zeros((), dtype), dout)
 
         fold = folds_scale(call)
         terms = {name: blocks[name] for name in LOGIT_TERMS if name in blocks}
@@ -395,7 +392,7 @@ class _Gradients:
 
         x, pull = jax.vjp(to_logits, similarity, moving)
         lse = finite_or_zero(lse)
-        p = jnp.exp(below(x, lse, low) if needs_running_maximum(call, dtype) else (x - lse) - low)
+        p = jnp.exp(below(x, lse) if needs_running_maximum(call, dtype) else x - lse)
         dp = _pairs(call, dout, v)
         kept = p
         if call.dropout_rate:

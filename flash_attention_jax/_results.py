@@ -81,6 +81,18 @@ def delta_of(results: Results, dout: jax.Array, dlse: jax.Array) -> jax.Array:
     return jnp.where(results.lse == -jnp.inf, jnp.zeros((), dtype), delta)
 
 
+def without_low(results: Results, dout: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
+    """dout and delta times exp(-low), which is then missing in the probabilities that they multiply.
+
+    So a loop over the keys makes these from lse alone. Of rows that see no key, a bias of -inf
+    among the reasons, dout is 0.
+    """
+    factor = jnp.exp(-results.low)
+    seen = (results.lse != -jnp.inf)[..., None]
+    products = (dout * factor[..., None]).astype(dout.dtype)
+    return jnp.where(seen, products, jnp.zeros((), dout.dtype)), delta * factor
+
+
 def sink_shares(sinks: jax.Array, lse: jax.Array, low: jax.Array, delta: jax.Array) -> jax.Array:
     """What each row gives the gradient of its head's sink: a key without a value, so dP is 0."""
     none = sinks == -jnp.inf
