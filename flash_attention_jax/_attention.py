@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from flash_attention_jax import _check, _read
+from flash_attention_jax import _check, _options
 from flash_attention_jax._front import force_causal, run
-from flash_attention_jax._read import Options
+from flash_attention_jax._options import Options
 from flash_attention_jax._types import (
     ArrayLike,
     KeyHeadsFirst,
@@ -251,8 +251,7 @@ def dot_product_attention(
         options,
         layout="heads_last",
         similarity=similarity,
-        default_scale=10.0 if similarity == "cosine" else None,
         groups=groups,
         l2norm=l2norm_qk,
-        names=_read.JAX_NAMES,
+        names=_options.JAX_NAMES,
     )

@@ -8,6 +8,7 @@ front (`_attention`) makes both; below it nothing is named twice and nothing is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -53,6 +54,11 @@ g: diagonal j - i + q_len - 1, w: word of the dropout key, o: what `_dropout.row
 """
 
 
+def roles(layout: Layout, name: str) -> str:
+    """Axis letters of an array of a call or of its results."""
+    return ROLES[name][layout] if name in ROLES else TERM_ROLES[name]
+
+
 class Arrays(NamedTuple):
     """The arrays of one call, in its layout and never copied for it; None where absent.
 
@@ -78,6 +84,9 @@ class Arrays(NamedTuple):
     dropout_key: Any = None
     dropout_origin: Any = None
 
+
+COSINE_SCALE = 10.0
+"""The scale of cosine similarity where none is given, of all functions but those that say 8."""
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "scale", "sinks", "alibi_slopes", "relative_bias")
 """Names of the arrays that receive gradients."""
@@ -187,6 +196,13 @@ class Call:
     def has(self, name: str) -> bool:
         """Whether the array `name` (a field of `Arrays`) is present."""
         return any(name == term for term, _, _ in self.terms)
+
+    def holding(self, arrays: Mapping[str, Any], **changes: Any) -> Call:
+        """The record of a call with these arrays, by the names of `Arrays`, and other changes."""
+        terms = tuple(
+            (name, x.shape, str(x.dtype)) for name, x in arrays.items() if name in TERM_ROLES
+        )
+        return dataclasses.replace(self, terms=terms, **changes)
 
     def shape_of(self, name: str) -> tuple[Size, ...] | None:
         """Shape of the term `name`, None where it is absent."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from flash_attention_jax import _check, _dispatch, _masks, _order, _parts, _ring, _ulysses
-from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._call import ROLES, Arrays, Call, roles
 from flash_attention_jax._results import Results
 
 WAYS = ("auto", "ring", "ulysses", "ring+ulysses")
@@ -140,7 +140,7 @@ def _described(call: Call, way: str, reason: str, sizes: tuple[int, int], order:
         inside = dataclasses.replace(call, heads=heads, kv_heads=kv_heads)
     hops = 0
     if size > 1:
-        ring = _ring.Ring(inside, _parts.BLOCKED, "", size, order == "zigzag")
+        ring = _ring.Ring(inside, _dispatch.named("blocked"), "", size, order == "zigzag")
         hops = sum(sweep.hops for sweep in ring.sweeps)
         ids = 1 if call.has("kv_segment_ids") else 0
         if hops:
@@ -175,7 +175,7 @@ def attend(
         call, arrays = _own(call, arrays)
 
     def whole(call: Call, arrays: Arrays) -> Results:
-        return _dispatch.engine(_parts.choose_whole(call, implementation))(call, arrays)
+        return _dispatch.choose(call, implementation).attend(call, arrays)
 
     def around(call: Call, arrays: Arrays) -> Results:
         engine = _parts.choose(call, implementation)
@@ -190,11 +190,11 @@ def attend(
 
 def _own(call: Call, arrays: Arrays) -> tuple[Call, Arrays]:
     """A call in which no query sees a key, as one of the device's own: sinks alone matter."""
-    roles = {name: ROLES[name][call.layout] for name in ("q", "k")}
+    axes = {name: ROLES[name][call.layout] for name in ("q", "k")}
     smaller = dataclasses.replace(
         call,
-        q_len=arrays.q.shape[roles["q"].index("i")],
-        k_len=arrays.k.shape[roles["k"].index("j")],
+        q_len=arrays.q.shape[axes["q"].index("i")],
+        k_len=arrays.k.shape[axes["k"].index("j")],
         similarity="dot",
         scale=1.0,
         softcap=None,
@@ -232,8 +232,8 @@ def padded(call: Call, arrays: Arrays, multiple: int) -> tuple[Call, Arrays]:
     for name, x in arrays._asdict().items():
         if x is None:
             continue
-        roles = _parts.roles(call.layout, name)
-        widths = [(0, more.get(r, 0) if n > 1 else 0) for r, n in zip(roles, x.shape, strict=True)]
+        axes = zip(roles(call.layout, name), x.shape, strict=True)
+        widths = [(0, more.get(letter, 0) if size > 1 else 0) for letter, size in axes]
         if name == "relative_bias":
             widths = [(0, 0), (more["i"], more["j"])]  # entry j - i + q_len - 1
         given[name] = jnp.pad(x, widths)
@@ -243,10 +243,7 @@ def padded(call: Call, arrays: Arrays, multiple: int) -> tuple[Call, Arrays]:
         given.setdefault("kv_lengths", jnp.full((call.batch,), call.k_len, jnp.int32))
     if more["i"]:
         given.setdefault("q_lengths", jnp.full((call.batch,), call.q_len, jnp.int32))
-    terms = tuple(
-        (name, x.shape, str(x.dtype)) for name, x in given.items() if name not in ("q", "k", "v")
-    )
-    return dataclasses.replace(call, q_len=q_len, k_len=k_len, terms=terms), Arrays(**given)
+    return call.holding(given, q_len=q_len, k_len=k_len), Arrays(**given)
 
 
 def check_order(order: Any, call: Call, devices: int) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flash_attention_jax import _check
 from flash_attention_jax._front import check_names, force_causal, run
-from flash_attention_jax._read import CommonOptions, Options
+from flash_attention_jax._options import CommonOptions, Options
 from flash_attention_jax._similarity import l2norm
 from flash_attention_jax._types import (
     ArrayLike,
@@ -119,7 +119,6 @@ def cosine_sim_flash_attention(
         mask,
         dict(options),
         similarity="cosine",
-        default_scale=10.0,
     )
 
 
@@ -147,7 +146,6 @@ def causal_cosine_sim_flash_attention(
         mask,
         force_causal("causal_cosine_sim_flash_attention", options),
         similarity="cosine",
-        default_scale=10.0,
     )
 
 

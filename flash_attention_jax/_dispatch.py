@@ -8,6 +8,7 @@ from typing import Any
 
 from flash_attention_jax import _blocked, _checkpointed, _dense
 from flash_attention_jax._call import Arrays, Call
+from flash_attention_jax._recomputed import recomputing
 from flash_attention_jax._results import Results
 from flash_attention_jax.kernels import _support, triton_support
 
@@ -28,41 +29,66 @@ def _triton(call: Call, arrays: Arrays) -> Results:
 
 
 @dataclasses.dataclass(frozen=True)
-class Implementation:
+class Engine:
     """One way to run a call.
 
     Attributes:
-        name: What the user writes.
+        name: What the user writes as `implementation`.
         why_not: Why it cannot run a call, or None.
-        attend: Runs it; None where nothing can (its `why_not` always says so).
+        attend: Runs it: (call, arrays) -> `Results`, with out in the call's dtype.
+        gradients: (call, floats, others, results, (dout, dlse)) -> the shares of a call in the
+            gradients where results and cotangents are those of a larger call that it is a part of;
+            None = JAX differentiates `attend`.
+        unrounded: As `attend`, for a part, on arrays that are normalised already and with out in
+            the accumulator's dtype; None = it is `attend` that computes parts.
         chosen: Whether it is taken without being named.
         forward_mode: Whether `jax.jvp` differentiates it: it has no rule of its own.
+        kernel: Whether it is one of a GPU, which gains from numbers that are known when traced.
     """
 
     name: str
     why_not: Callable[[Call], str | None]
-    attend: Attend | None
+    attend: Attend
+    gradients: Callable[..., dict[str, Any]] | None = None
+    unrounded: Attend | None = None
     chosen: bool = True
     forward_mode: bool = False
+    kernel: bool = False
+
+    @property
+    def normalised(self) -> bool:
+        """Whether parts want q and k as the product does."""
+        return self.unrounded is not None
+
+    @property
+    def of_part(self) -> Attend:
+        """Runs a part of a larger call."""
+        return self.unrounded or self.attend
 
 
 TABLE = (
     # Fastest first: the first that does not decline is taken.
-    Implementation("hopper", _support.hopper_why_not, _hopper),
-    Implementation("triton", triton_support.why_not, _triton),
+    Engine("hopper", _support.hopper_why_not, _hopper, gradients=recomputing(_hopper), kernel=True),
+    Engine("triton", triton_support.why_not, _triton, gradients=recomputing(_triton), kernel=True),
     # O(n) memory everywhere, reverse mode to any order.
-    Implementation("blocked", _blocked.why_not, _blocked.attend),
+    Engine(
+        "blocked",
+        _blocked.why_not,
+        _blocked.attend,
+        gradients=_blocked.gradients,
+        unrounded=_blocked.unrounded,
+    ),
     # Every mode of differentiation, about twice the work backward.
-    Implementation("checkpointed", _checkpointed.why_not, _checkpointed.attend, forward_mode=True),
+    Engine("checkpointed", _checkpointed.why_not, _checkpointed.attend, forward_mode=True),
     # O(T * S) memory: the oracle, chosen unasked only where a length is symbolic.
-    Implementation("dense", _dense.why_not, _dense.attend, chosen=False, forward_mode=True),
+    Engine("dense", _dense.why_not, _dense.attend, chosen=False, forward_mode=True),
 )
 
 NAMES = tuple(entry.name for entry in TABLE)
 
 
-def choose(call: Call, name: str | None) -> Implementation:
-    """The implementation for a call: the one named, or the first that does not decline.
+def choose(call: Call, name: str | None) -> Engine:
+    """The engine for a call: the one named, or the first that does not decline.
 
     Raises:
         NotImplementedError: If the one named declines.
@@ -70,7 +96,7 @@ def choose(call: Call, name: str | None) -> Implementation:
     if name is None:
         unasked = (entry for entry in TABLE if entry.chosen or call.symbolic_length)
         return next(entry for entry in unasked if entry.why_not(call) is None)
-    entry = next(entry for entry in TABLE if entry.name == name)
+    entry = named(name)
     reason = entry.why_not(call)
     if reason is not None:
         raise NotImplementedError(
@@ -80,9 +106,9 @@ def choose(call: Call, name: str | None) -> Implementation:
     return entry
 
 
-def engine(name: str) -> Attend:
-    """The function that runs the implementation `name`."""
-    return next(entry.attend for entry in TABLE if entry.name == name and entry.attend)
+def named(name: str) -> Engine:
+    """The engine of that name."""
+    return next(entry for entry in TABLE if entry.name == name)
 
 
 NO_FORWARD_MODE = "can't apply forward-mode autodiff (jvp) to a custom_vjp function."
@@ -94,10 +120,10 @@ class Explanation:
     """What would run a call, and why nothing else would.
 
     Attributes:
-        forward: Name of the implementation of the forward pass.
-        backward: Name of the implementation of the backward pass; the two are chosen together.
+        forward: Name of the engine of the forward pass.
+        backward: Name of that of the backward pass; the two are chosen together.
         platform: What the choice was made for: "cpu", "gpu" or "tpu", with the compute capability.
-        reasons: For each other implementation, why it was not chosen.
+        reasons: For each other engine, why it was not chosen.
         call: The call's static record.
     """
 
@@ -114,7 +140,7 @@ class Explanation:
             f"backward: {self.backward}",
             f"platform: {self.platform}",
         ]
-        if not next(entry.forward_mode for entry in TABLE if entry.name == self.forward):
+        if not named(self.forward).forward_mode:
             lines.append(f"jvp:      JAX {NO_FORWARD_MODE!r}; pass differentiation='any'")
         width = max(map(len, self.reasons))
         return "\n".join(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._call import Size, as_index
+from flash_attention_jax._call import Call, Size, as_index
 
 GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio: consecutive j land far apart
 
@@ -46,6 +46,20 @@ def key_words(key: jax.Array) -> jax.Array:
     for extra in words[1:]:
         folded = mix(folded + GOLDEN) ^ extra
     return folded
+
+
+def origin(call: Call, given: Any = None, **moved: Any) -> jax.Array:
+    """What `row_words` takes as the origin of a part of `call`.
+
+    Args:
+        call: The larger call.
+        given: Its own origin, where it is a part itself.
+        **moved: Where the part begins in it: `batch`, `head`, `query`, `key`, each 0 if left out.
+    """
+    own = jnp.asarray([call.heads, 0, 0, 0, 0]) if given is None else given
+    first = [jnp.int32(0)]
+    first += [jnp.asarray(moved.get(n, 0), jnp.int32) for n in ("batch", "head", "query", "key")]
+    return own.astype(jnp.int32) + jnp.stack(first)
 
 
 def row_words(

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from flash_attention_jax import _check, _dispatch, _read
 from flash_attention_jax._front import check_implementation, check_names
-from flash_attention_jax._read import Options
+from flash_attention_jax._options import Options
 
 
 def explain(
@@ -64,7 +64,6 @@ def explain(
         dict(options),
         layout=layout,  # pyright: ignore[reportArgumentType]
         similarity=similarity,  # pyright: ignore[reportArgumentType]
-        default_scale=10.0 if similarity == "cosine" else None,
         platform=platform,
         capability=capability,
     )

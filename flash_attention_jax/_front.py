@@ -10,16 +10,16 @@ from typing import Any, get_type_hints
 import jax
 import numpy as np
 
-from flash_attention_jax import _check, _compilations, _dispatch, _partition, _parts, _read
+from flash_attention_jax import _check, _compilations, _dispatch, _partition, _read
 from flash_attention_jax._call import Call
-from flash_attention_jax._read import Options
+from flash_attention_jax._options import Options
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(call: Call, implementation: str, given: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Run one call; traced once per record."""
     _compilations.compiled(call)
-    return _partition.attend(_parts.of(implementation), call, _read.arrays(call, given))
+    return _partition.attend(_dispatch.named(implementation), call, _read.arrays(call, given))
 
 
 FOREIGN = {
@@ -87,7 +87,7 @@ def check_implementation(name: Any) -> None:
 def _attend(reading: _read.Reading, implementation: str | None, return_lse: bool) -> Any:
     check_implementation(implementation)
     chosen = _dispatch.choose(reading.call, implementation)
-    call, given = _with_offset_as_array(reading, chosen.name)
+    call, given = _with_offset_as_array(reading, chosen)
     with _compilations.counted(given["q"]):
         out, lse = _run(call, chosen.name, given)
     out = out.reshape(reading.out_shape)
@@ -95,14 +95,14 @@ def _attend(reading: _read.Reading, implementation: str | None, return_lse: bool
 
 
 def _with_offset_as_array(
-    reading: _read.Reading, implementation: str
+    reading: _read.Reading, engine: _dispatch.Engine
 ) -> tuple[Call, dict[str, Any]]:
     """The call with an offset that the user gave as an array, so that another needs no compiling.
 
     Kernels keep it: what they read of it is computed when they are traced.
     """
     call, given = reading.call, reading.given
-    if not reading.offset_given or implementation in _parts.KERNELS:
+    if not reading.offset_given or engine.kernel:
         return call, given
     terms = (*call.terms, ("q_offset", (1, 1), "int32"))
     offset = np.full((1, 1), call.offset, np.int32)

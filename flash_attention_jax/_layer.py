@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from flash_attention_jax import _check
 from flash_attention_jax._attention import dot_product_attention
 from flash_attention_jax._attention_fn import Similarity
+from flash_attention_jax._call import COSINE_SCALE
 from flash_attention_jax._types import ArrayLike
 from flash_attention_jax.cache import KVCache, cached_attention, init_cache
 from flash_attention_jax.rotary import apply_rotary
@@ -284,7 +285,7 @@ class AttentionLayer:
         """The scale before any training."""
         if self.scale is not None:
             return _check.number("scale", self.scale)
-        return 10.0 if self.similarity == "cosine" else self._sizes()[2] ** -0.5
+        return COSINE_SCALE if self.similarity == "cosine" else self._sizes()[2] ** -0.5
 
     def _left(self) -> int | None:
         """How far back a token sees, None = all the way."""

@@ -73,7 +73,7 @@ def read(
         k: Its keys.
         v: Its values.
         mask: Its rows of the mask, or None.
-        options: The options by the names of `_read.Options`.
+        options: The options by the names of `_options.Options`.
         size: On how many devices the length lies.
         **fixed: As in `_read.read`.
     """

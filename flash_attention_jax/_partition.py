@@ -21,15 +21,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flash_attention_jax import _parts
+from flash_attention_jax import _dropout
 from flash_attention_jax._blocked import split
-from flash_attention_jax._call import TERM_ROLES, Arrays, Call, Size
+from flash_attention_jax._call import Arrays, Call, Size, roles
+from flash_attention_jax._dispatch import Engine
 from flash_attention_jax._results import Results, saved
 from flash_attention_jax._similarity import normalised
 
@@ -37,7 +37,7 @@ Blocks = dict[str, Any]
 Names = tuple[str, ...]
 
 
-def attend(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def attend(engine: Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Attention, with batch and heads on the devices on which they lie.
 
     Args:
@@ -56,7 +56,7 @@ def attend(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array
     if AxisType.Explicit in kinds:
         return _explicit(engine, call, arrays)
     if kinds != {AxisType.Auto} or engine.gradients is None:
-        return engine.run(call, arrays)[:2]
+        return engine.attend(call, arrays)[:2]
     prepared = normalised(call, arrays) if engine.normalised else arrays
     out, lse, _ = _attend(engine, call, *split(prepared))
     return out.astype(call.dtype), lse
@@ -78,7 +78,7 @@ class Cut:
     @classmethod
     def of(cls, call: Call, spec: Any, sizes: Mapping[str, int]) -> Cut:
         """How q's place on the mesh cuts the call; heads as far as key heads can be cut alike."""
-        entries = dict(zip(_parts.roles(call.layout, "q"), (*spec, *[None] * 4), strict=False))
+        entries = dict(zip(roles(call.layout, "q"), (*spec, *[None] * 4), strict=False))
         return cls(
             _dividing(call.batch, _names(entries["b"]), sizes),
             _dividing(call.kv_heads, _names(entries["n"]), sizes),
@@ -87,7 +87,7 @@ class Cut:
     def spec(self, call: Call, name: str, shape: tuple[Size, ...]) -> PartitionSpec:
         """Where an array of the call, a result or a gradient lies."""
         places = {"b": self.batch, "n": self.heads, "k": self.heads}
-        letters = _parts.roles(call.layout, name)
+        letters = roles(call.layout, name)
         return PartitionSpec(
             *(
                 places.get(r) or None if n not in (0, 1) else None
@@ -97,27 +97,24 @@ class Cut:
 
     def local(self, call: Call, given: Blocks) -> tuple[Call, Blocks]:
         """One device's record and arrays, from those that it holds; in its axis environment."""
-        roles = {name: _parts.roles(call.layout, name) for name in ("q", "k")}
-        sizes = {
-            "batch": given["q"].shape[roles["q"].index("b")],
-            "heads": given["q"].shape[roles["q"].index("n")],
-            "kv_heads": given["k"].shape[roles["k"].index("k")],
-        }
+        q, k = (dict(zip(roles(call.layout, n), given[n].shape, strict=True)) for n in ("q", "k"))
+        sizes = {"batch": q["b"], "heads": q["n"], "kv_heads": k["k"]}
         if call.dropout_rate:
-            own = given.get("dropout_origin", jnp.asarray([call.heads, 0, 0, 0, 0], jnp.int32))
-            for place, axes, field in ((1, self.batch, "batch"), (2, self.heads, "heads")):
-                if axes:
-                    first = lax.axis_index(axes) * sizes[field]
-                    own = own.at[place].add(jnp.asarray(first, jnp.int32))
-            given = given | {"dropout_origin": own}
-        terms = tuple(
-            (name, x.shape, str(x.dtype)) for name, x in given.items() if name in TERM_ROLES
-        )
-        return dataclasses.replace(call, **sizes, terms=terms), given
+            begins = {
+                name: lax.axis_index(axes) * sizes[field]
+                for name, axes, field in (
+                    ("batch", self.batch, "batch"),
+                    ("head", self.heads, "heads"),
+                )
+                if axes
+            }
+            origin = _dropout.origin(call, given.get("dropout_origin"), **begins)
+            given = given | {"dropout_origin": origin}
+        return call.holding(given, **sizes), given
 
     def summed(self, call: Call, name: str, whole: tuple[Size, ...]) -> Names:
         """The axes along which devices hold shares of one gradient, of this shape in all."""
-        size = dict(zip(_parts.roles(call.layout, name), whole, strict=True))
+        size = dict(zip(roles(call.layout, name), whole, strict=True))
         axes: Names = ()
         if call.batch not in (0, 1) and size.get("b", 1) == 1:
             axes += self.batch
@@ -148,7 +145,7 @@ GATHERED = {"i": "length", "j": "length", "d": "dimension", "e": "dimension"}
 def _gathered(call: Call, specs: Mapping[str, Any]) -> tuple[str, str, Any] | None:
     """The first array that lies cut along what is gathered: its name, along what, its spec."""
     for name, spec in sorted(specs.items(), key=lambda pair: pair[0] != "q"):
-        for letter, entry in zip(_parts.roles(call.layout, _array(name)), spec, strict=False):
+        for letter, entry in zip(roles(call.layout, _array(name)), spec, strict=False):
             if letter in GATHERED and _names(entry):
                 return name, GATHERED[letter], spec
     return None
@@ -184,7 +181,7 @@ def _warn_of_gathers(call: Call, specs: Mapping[str, Any]) -> None:
 # --- explicit axes ---
 
 
-def _explicit(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def _explicit(engine: Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     sharding = jax.typeof(arrays.q).sharding
     mesh = sharding.mesh
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
@@ -204,10 +201,10 @@ def _explicit(engine: _parts.Engine, call: Call, arrays: Arrays) -> tuple[jax.Ar
 
     def one(given: Blocks) -> tuple[jax.Array, jax.Array]:
         smaller, own = cut.local(call, given)
-        return engine.run(smaller, Arrays(**own))[:2]
+        return engine.attend(smaller, Arrays(**own))[:2]
 
     results = tuple(
-        cut.spec(call, name, call.shape(_parts.roles(call.layout, name))) for name in ("out", "lse")
+        cut.spec(call, name, call.shape(roles(call.layout, name))) for name in ("out", "lse")
     )
     axes = {
         name
@@ -296,7 +293,7 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
     def letters(name: str, shape: tuple[Size, ...]) -> str:
         nonlocal alone
         words = []
-        for letter, size in zip(_parts.roles(call.layout, _array(name)), shape, strict=True):
+        for letter, size in zip(roles(call.layout, _array(name)), shape, strict=True):
             together = letter in "bnk" and size not in (0, 1)
             alone += not together
             words.append(letter if together else f"z{alone}")
@@ -307,15 +304,15 @@ def _factors(call: Call, given: Blocks, outputs: Names, shapes: dict[str, Any]) 
 
 
 @functools.cache
-def _forward_of(engine: _parts.Engine) -> Any:
+def _forward_of(engine: Engine) -> Any:
     def forward(call: Call, given: Blocks) -> Blocks:
-        return engine.attend(call, Arrays(**given))._asdict()
+        return engine.of_part(call, Arrays(**given))._asdict()
 
     return forward
 
 
 @functools.cache
-def _gradients_of(engine: _parts.Engine, names: Names) -> Any:
+def _gradients_of(engine: Engine, names: Names) -> Any:
     def gradients(call: Call, given: Blocks) -> Blocks:
         rest = dict(given)
         results = Results(*(rest.pop(name) for name in Results._fields))
@@ -326,21 +323,21 @@ def _gradients_of(engine: _parts.Engine, names: Names) -> Any:
     return gradients
 
 
-def _rule(engine: _parts.Engine, call: Call, floats: Blocks, others: Blocks) -> Results:
+def _rule(engine: Engine, call: Call, floats: Blocks, others: Blocks) -> Results:
     names = Results._fields
-    shapes = {name: call.shape(_parts.roles(call.layout, name)) for name in names}
+    shapes = {name: call.shape(roles(call.layout, name)) for name in names}
     return Results(**_run(_forward_of(engine), call, floats | others, names, shapes))
 
 
 _attend: Any = jax.custom_vjp(_rule, nondiff_argnums=(0, 1))
 
 
-def _attend_forward(engine: _parts.Engine, call: Call, floats: Blocks, others: Blocks) -> Any:
+def _attend_forward(engine: Engine, call: Call, floats: Blocks, others: Blocks) -> Any:
     results = saved(_attend(engine, call, floats, others))
     return results, (floats, others, results)
 
 
-def _attend_backward(engine: _parts.Engine, call: Call, residuals: Any, ct: Any) -> Any:
+def _attend_backward(engine: Engine, call: Call, residuals: Any, ct: Any) -> Any:
     floats, others, results = residuals
     moving = floats | results._asdict() | {"dout": ct.out, "dlse": ct.lse}
     found = _gradients(engine, call, tuple(floats), moving, others)
@@ -351,7 +348,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _gradients_rule(
-    engine: _parts.Engine, call: Call, names: Names, moving: Blocks, others: Blocks
+    engine: Engine, call: Call, names: Names, moving: Blocks, others: Blocks
 ) -> Blocks:
     shapes = {name: moving[name].shape for name in names}
     return _run(_gradients_of(engine, names), call, moving | others, names, shapes)
@@ -361,13 +358,13 @@ _gradients: Any = jax.custom_vjp(_gradients_rule, nondiff_argnums=(0, 1, 2))
 
 
 def _gradients_forward(
-    engine: _parts.Engine, call: Call, names: Names, moving: Blocks, others: Blocks
+    engine: Engine, call: Call, names: Names, moving: Blocks, others: Blocks
 ) -> Any:
     return _gradients(engine, call, names, moving, others), (moving, others)
 
 
 def _gradients_backward(
-    engine: _parts.Engine, call: Call, names: Names, residuals: Any, second: Blocks
+    engine: Engine, call: Call, names: Names, residuals: Any, second: Blocks
 ) -> Any:
     """The second derivative is the engine's own, and XLA's to cut."""
     moving, others = residuals

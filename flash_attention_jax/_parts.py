@@ -9,20 +9,15 @@ and the origin of dropout's positions. So every engine computes it, and none kno
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax import _blocked, _dispatch, _masks
-from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call, Layout
-from flash_attention_jax._results import Results, finite_or_zero
+from flash_attention_jax import _dispatch, _dropout, _masks
+from flash_attention_jax._call import Arrays, Call, roles
 from flash_attention_jax._tiles import Axis, Plan
-
-Blocks = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,23 +104,10 @@ class Part:
             if name in given:
                 given[name] = jnp.clip(given[name] - run.start, 0, run.size).astype(jnp.int32)
         if call.dropout_rate:
-            origin = jnp.asarray(
-                given.get("dropout_origin", jnp.asarray([call.heads, 0, 0, 0, 0])), jnp.int32
+            given["dropout_origin"] = _dropout.origin(
+                call, given.get("dropout_origin"), query=queries.start, key=keys.start
             )
-            moved = (jnp.asarray(run.start, jnp.int32) for run in (queries, keys))
-            given["dropout_origin"] = origin + jnp.stack([jnp.int32(0)] * 3 + [*moved])
-        terms = tuple(
-            (name, x.shape, str(x.dtype)) for name, x in given.items() if name not in ROLES
-        )
-        smaller = dataclasses.replace(
-            call, q_len=queries.size, k_len=keys.size, offset=0, terms=terms
-        )
-        return smaller, Arrays(**given)
-
-
-def roles(layout: Layout, name: str) -> str:
-    """Axis letters of an array of a call or of its results."""
-    return ROLES[name][layout] if name in ROLES else TERM_ROLES[name]
+        return call.holding(given, q_len=queries.size, k_len=keys.size, offset=0), Arrays(**given)
 
 
 def sees_any(call: Call, arrays: Arrays) -> jax.Array | None:
@@ -136,75 +118,7 @@ def sees_any(call: Call, arrays: Arrays) -> jax.Array | None:
     return None if visits.all_full else (visits.table() != _masks.EMPTY).any()
 
 
-# --- who computes a part ---
-
-KERNELS = ("hopper", "triton")
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """How an engine computes parts.
-
-    Attributes:
-        name: That of the implementation.
-        attend: (call, arrays) -> `Results`.
-        gradients: (call, floats, others, results, (dout, dlse)) -> the gradients' shares of the
-            part where results and cotangents are those of the whole; None = JAX differentiates
-            `attend`.
-        normalised: Whether both take q and k as the product wants them.
-    """
-
-    name: str
-    attend: Callable[[Call, Arrays], Results]
-    gradients: Callable[..., Blocks] | None = None
-    normalised: bool = False
-
-    def run(self, call: Call, arrays: Arrays) -> Results:
-        """A call that is no part."""
-        return _dispatch.engine(self.name)(call, arrays)
-
-
-BLOCKED = Engine("blocked", _blocked.unrounded, _blocked.gradients, normalised=True)
-
-
-@functools.cache
-def of(name: str) -> Engine:
-    """The engine of an implementation; those of kernels compute a part again in its backward."""
-    if name == "blocked":
-        return BLOCKED
-    attend = _dispatch.engine(name)
-    return Engine(name, attend, _recomputing(attend) if name in KERNELS else None)
-
-
-def _recomputing(attend: Callable[[Call, Arrays], Any]) -> Callable[..., Blocks]:
-    """The gradients of a part by an engine's own derivative, for results of the whole.
-
-    With w = exp(lse_part - lse), out = sum of w * out_part over the parts, so
-    dout_part = w * dout and dlse_part = w * (dlse + rowsum((out_part - out) * dout)).
-    """
-
-    def gradients(call: Call, floats: Blocks, others: Blocks, whole: Results, ct: Any) -> Blocks:
-        dout, dlse = ct
-
-        def run(floats: Blocks) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            out, lse, low = attend(call, Arrays(**floats, **others))
-            return (out, lse), low
-
-        (out, lse), pull, low = jax.vjp(run, floats, has_aux=True)
-        wide = lse.dtype
-        saw, zero = lse > -jnp.inf, jnp.zeros((), lse.dtype)
-        apart = (jnp.where(saw, lse, zero) - finite_or_zero(whole.lse)) + (low - whole.low)
-        weight = jnp.where(saw, jnp.exp(apart), zero)
-        dout = jnp.where(saw[..., None], dout.astype(wide), zero)
-        farther = ((out.astype(wide) - whole.out.astype(wide)) * dout).sum(axis=-1)
-        dlse = jnp.where(saw, weight * (dlse + farther), zero)
-        (found,) = pull(((weight[..., None] * dout).astype(out.dtype), dlse))
-        return {name: x.astype(call.acc_dtype) for name, x in found.items()}
-
-    return gradients
-
-
-def choose(call: Call, name: str | None) -> Engine:
+def choose(call: Call, name: str | None) -> _dispatch.Engine:
     """The engine for the parts of a call.
 
     Raises:
@@ -215,13 +129,4 @@ def choose(call: Call, name: str | None) -> Engine:
         terms += (("q_offset", (1, 1), "int32"),)
     if call.dropout_rate:
         terms += (("dropout_origin", (5,), "int32"),)
-    return of(choose_whole(dataclasses.replace(call, terms=terms), name))
-
-
-def choose_whole(call: Call, name: str | None) -> str:
-    """The implementation for all tokens of some heads.
-
-    Raises:
-        NotImplementedError: If the one named declines.
-    """
-    return _dispatch.choose(call, name).name
+    return _dispatch.choose(dataclasses.replace(call, terms=terms), name)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from flash_attention_jax import _check
 from flash_attention_jax._front import check_names, force_causal, run
-from flash_attention_jax._read import CommonOptions, Options, ScaleOptions
+from flash_attention_jax._options import CommonOptions, Options, ScaleOptions
 from flash_attention_jax._types import (
     ArrayLike,
     KeyHeadsFirst,
@@ -81,7 +81,6 @@ def cosine_sim_attention(
         dict(options),
         default="dense",
         similarity="cosine",
-        default_scale=10.0,
     )
 
 

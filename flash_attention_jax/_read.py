@@ -8,67 +8,22 @@ into it (reshapes and casts, no transposes).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypedDict
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from flash_attention_jax import _check, _dropout
-from flash_attention_jax._call import ROLES, Arrays, Call, Layout, Similarity, Size, symbolic
-from flash_attention_jax.kernels import _support
-
-
-class CommonOptions(TypedDict, total=False):
-    """Keyword-only options that every heads-first function has, as `flash_attention` says."""
-
-    window: int | tuple[int | None, int | None] | None
-    q_offset: Any
-    q_segment_ids: Any
-    kv_segment_ids: Any
-    q_lengths: Any
-    kv_lengths: Any
-    softcap: float | None
-    sinks: Any
-    alibi_slopes: Any
-    relative_bias: Any
-    dropout_rate: float
-    dropout_key: Any
-    return_lse: bool
-    block_q: int | None
-    block_kv: int | None
-    implementation: str | None
-    differentiation: str
-    precision: Any
-    deterministic_backward: bool
-
-
-class ScaleOptions(CommonOptions, total=False):
-    """Those, and the scale: for functions that name bias and causal in their signature."""
-
-    scale: Any
-
-
-class Options(ScaleOptions, total=False):
-    """All of them: for functions that name none in their signature."""
-
-    bias: Any
-    causal: bool
-
-
-JAX_NAMES = {
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "causal": "is_causal",
-    "window": "local_window_size",
-    "softcap": "logits_soft_cap",
-    "q_lengths": "query_seq_lengths",
-    "kv_lengths": "key_value_seq_lengths",
-    "return_lse": "return_residual",
-}
-"""What `dot_product_attention` calls the options; the rest has one name in both families."""
+from flash_attention_jax import _check, _dropout, _platform, _shapes
+from flash_attention_jax._call import (
+    COSINE_SCALE,
+    ROLES,
+    Arrays,
+    Call,
+    Layout,
+    Similarity,
+    Size,
+    symbolic,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +88,7 @@ def read(
         options: The options by the names of `Options`, those not given left out.
         layout: Family of the function.
         similarity: "dot" or "cosine".
-        default_scale: Scale where the options have none; None = 1 / sqrt(d).
+        default_scale: Scale where the options have none; None = 1 / sqrt(d), or `COSINE_SCALE`.
         l2norm: Whether cosine normalises q and k.
         groups: Chunks that it normalises apart.
         names: What the function calls the arguments where it differs.
@@ -144,7 +99,8 @@ def read(
     names = names or {}
     _check.array(names.get("q", "q"), q)
     reader = _Reader(names, options, layout, len(q.shape))
-    sizes, out_shape, lse_shape = reader.shapes(q, k, v)
+    own = reader.name("q"), reader.name("k"), reader.name("v")
+    sizes, out_shape, lse_shape = _shapes.shapes(layout, own, q, k, v)
     causal = _check.flag(reader.name("causal"), options.get("causal", False))
     window = _check.window(reader.name("window"), options.get("window"))
     if causal:
@@ -155,6 +111,8 @@ def read(
         **reader.per_token(sizes),
         **reader.per_head(sizes),
     }
+    if default_scale is None and similarity == "cosine":
+        default_scale = COSINE_SCALE
     scale, scale_term = reader.scale(default_scale, sizes)
     terms |= scale_term
     dropout_rate = _check.rate(reader.name("dropout_rate"), options.get("dropout_rate", 0.0))
@@ -181,10 +139,7 @@ def read(
     _check.precision(reader.name("precision"), options.get("precision"))
     for name, (x, _, _) in terms.items():
         given[name] = x
-    interpret = platform is None and _support.interpreting()
-    if interpret:
-        platform, capability = "gpu", _support.HOPPER
-    platform = platform or _platform(q)
+    machine = _platform.machine(q, platform, capability)
     call = Call(
         layout=layout,
         similarity=similarity,
@@ -206,33 +161,12 @@ def read(
         deterministic_backward=_check.flag(
             reader.name("deterministic_backward"), options.get("deterministic_backward", True)
         ),
-        platform="gpu" if platform in ("cuda", "rocm") else platform,
-        capability=capability if capability is not None else _capability(platform),
-        interpret=interpret,
+        platform=machine.platform,
+        capability=machine.capability,
+        interpret=machine.interpret,
     )
     number = isinstance(options.get("q_offset"), int)
     return Reading(call, given, out_shape, lse_shape, offset_given=number)
-
-
-def _platform(q: Any) -> str:
-    """Where the call will run, as far as can be seen when it is traced."""
-    if isinstance(q, jax.Array) and not isinstance(q, Tracer) and q.committed:
-        return next(iter(q.devices())).platform
-    device: Any = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
-
-
-def _capability(platform: str) -> tuple[int, int] | None:
-    """CUDA compute capability of the first device, None elsewhere."""
-    if platform not in ("gpu", "cuda") or jax.default_backend() != "gpu":
-        return None
-    text = getattr(jax.devices()[0], "compute_capability", None)
-    if not text or "." not in str(text):
-        return None
-    major, minor = str(text).split(".")[:2]
-    return int(major), int(minor)
 
 
 Term = tuple[Any, tuple[Size, ...], str]
@@ -251,111 +185,6 @@ class _Reader:
     def name(self, canonical: str) -> str:
         """What the user calls it."""
         return self.names.get(canonical, canonical)
-
-    @property
-    def qkv(self) -> tuple[str, str, str]:
-        """What the user calls q, k and v."""
-        return self.name("q"), self.name("k"), self.name("v")
-
-    # --- q, k, v ---
-
-    def shapes(
-        self, q: Any, k: Any, v: Any
-    ) -> tuple[dict[str, Size], tuple[Size, ...], tuple[Size, ...]]:
-        """Sizes of the call, and the shapes of out and lse in the rank of q."""
-        for name, x in zip(self.qkv, (q, k, v), strict=True):
-            _check.floating(name, x)
-        _check.same_dtype(self.qkv, (q, k, v))
-        if self.layout == "heads_first":
-            sizes = self._heads_first(q, k, v)
-        else:
-            sizes = self._heads_last(q, k, v)
-        if sizes["dim"] == 0:
-            _check.fail(
-                self.name("q"),
-                "have a dimension of at least 1",
-                f"shape {tuple(q.shape)}",
-                "Reshape it.",
-            )
-        for name, heads in ((self.name("q"), "heads"), (self.name("k"), "kv_heads")):
-            if sizes[heads] == 0:
-                got = f"shape {tuple((q if heads == 'heads' else k).shape)}"
-                _check.fail(name, "have at least 1 head", got, "Reshape it.")
-        if sizes["heads"] % sizes["kv_heads"]:
-            _check.fail(
-                self.name("q"),
-                f"have a multiple of the heads of `{self.name('k')}`",
-                f"{sizes['heads']} heads and {sizes['kv_heads']} key heads",
-                "Query head n reads key head n // (heads // key heads).",
-            )
-        out_shape = (*q.shape[:-1], v.shape[-1])
-        return sizes, tuple(out_shape), tuple(q.shape[:-1])
-
-    def _heads_first(self, q: Any, k: Any, v: Any) -> dict[str, Size]:
-        q_name, k_name, v_name = self.qkv
-        _check.rank(q_name, q, (2, 3, 4), "(n, d), (bh, n, d) or (b, h, n, d)")
-        ranks = {2: (2,), 3: (3,), 4: (3, 4)}[len(q.shape)]
-        meaning = {
-            2: f"of `{q_name}`, (n, d)",
-            3: f"of `{q_name}`, (bh, n, d)",
-            4: f"of `{q_name}`, (b, h, n, d), or (b, n, d) for a single head",
-        }[len(q.shape)]
-        for name, x in ((k_name, k), (v_name, v)):
-            _check.rank(name, x, ranks, meaning, f" beside {q_name} {tuple(q.shape)}")
-        if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
-            _check.agree(
-                (k_name, v_name),
-                "batch, heads and length",
-                (k, v),
-                "Only the dimension may differ.",
-            )
-        if q.shape[-1] != k.shape[-1]:
-            _check.agree(
-                (q_name, k_name), "the dimension (last axis)", (q, k), "Project them to the same."
-            )
-        if len(q.shape) > 2 and q.shape[0] != k.shape[0]:
-            _check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
-        batch, heads = ((1, 1, *q.shape)[-4:][:2]) if len(q.shape) != 3 else (q.shape[0], 1)
-        kv_heads = k.shape[1] if len(k.shape) == 4 else 1
-        return {
-            "batch": batch,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "q_len": q.shape[-2],
-            "k_len": k.shape[-2],
-            "dim": q.shape[-1],
-            "v_dim": v.shape[-1],
-        }
-
-    def _heads_last(self, q: Any, k: Any, v: Any) -> dict[str, Size]:
-        q_name, k_name, v_name = self.qkv
-        _check.rank(q_name, q, (3, 4), "(length, heads, dim) or (batch, length, heads, dim)")
-        axes = f"{'(batch, ' if len(q.shape) == 4 else '('}length, key heads, dim)"
-        for name, x in ((k_name, k), (v_name, v)):
-            beside = f" beside {q_name} {tuple(q.shape)}"
-            _check.rank(name, x, (len(q.shape),), f"of `{q_name}`, {axes}", beside)
-        if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
-            _check.agree(
-                (k_name, v_name),
-                "batch, length and heads",
-                (k, v),
-                "Only the dimension may differ.",
-            )
-        if q.shape[-1] != k.shape[-1]:
-            _check.agree(
-                (q_name, k_name), "the dimension (last axis)", (q, k), "Project them to the same."
-            )
-        if len(q.shape) == 4 and q.shape[0] != k.shape[0]:
-            _check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
-        return {
-            "batch": q.shape[0] if len(q.shape) == 4 else 1,
-            "heads": q.shape[-2],
-            "kv_heads": k.shape[-2],
-            "q_len": q.shape[-3],
-            "k_len": k.shape[-3],
-            "dim": q.shape[-1],
-            "v_dim": v.shape[-1],
-        }
 
     # --- masks and bias ---
 

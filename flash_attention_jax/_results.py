@@ -82,9 +82,9 @@ def delta_of(results: Results, dout: jax.Array, dlse: jax.Array) -> jax.Array:
 
 
 def without_low(results: Results, dout: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
-    """dout and delta times exp(-low), which is then missing in the probabilities that they multiply.
+    """Multiply dout and delta by exp(-low), so that probabilities made from lse alone will do.
 
-    So a loop over the keys makes these from lse alone. Of rows that see no key, a bias of -inf
+    Of rows that see no key, a bias of -inf
     among the reasons, dout is 0.
     """
     factor = jnp.exp(-results.low)

@@ -30,6 +30,7 @@ from jax import lax
 
 from flash_attention_jax import _blocked, _masks, _parts
 from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._dispatch import Engine
 from flash_attention_jax._parts import Part, Run
 from flash_attention_jax._results import Results, merge_stacked, saved
 from flash_attention_jax._similarity import normalised
@@ -68,7 +69,7 @@ class Ring:
     """
 
     call: Call
-    engine: _parts.Engine
+    engine: Engine
     axis: str
     size: int
     zigzag: bool = False
@@ -203,7 +204,7 @@ def _walk(ring: Ring, arrays: Arrays) -> Results:
 
             def compute(carry: Results) -> Results:
                 have = Results(*map(part.cut, Results._fields, carry))
-                merged = _merged(have, ring.engine.attend(smaller, cut))
+                merged = _merged(have, ring.engine.of_part(smaller, cut))
                 return Results(*map(part.put, Results._fields, carry, merged))
 
             return _where(_parts.sees_any(smaller, cut), compute, carry)

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax import _check
+from flash_attention_jax import _check, _dropout
 from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
 from flash_attention_jax._results import Results
 from flash_attention_jax._varying import unified
@@ -95,11 +94,9 @@ def attend(
 
     given = {name: shared(name, x) for name, x in arrays._asdict().items() if x is not None}
     if call.dropout_rate:
-        own = given.get("dropout_origin", jnp.asarray([call.heads, 0, 0, 0, 0], jnp.int32))
-        first = jnp.asarray(device * heads, jnp.int32)
-        given["dropout_origin"] = own + first * jnp.asarray([0, 0, 1, 0, 0], jnp.int32)
-    terms = tuple((name, x.shape, str(x.dtype)) for name, x in given.items() if name not in ROLES)
-    fewer = dataclasses.replace(call, heads=heads, kv_heads=kv_heads, terms=terms)
+        own = given.get("dropout_origin")
+        given["dropout_origin"] = _dropout.origin(call, own, head=device * heads)
+    fewer = call.holding(given, heads=heads, kv_heads=kv_heads)
     out, lse, _ = inner(fewer, Arrays(**given))
     roles = ROLES["out"][call.layout]
     out = lax.all_to_all(out, axis, roles.index("i"), roles.index("n"), tiled=True)

@@ -255,7 +255,7 @@ class _Problem:
         """Why an engine declines, None where it does not."""
         q = jax.ShapeDtypeStruct((self.batch, self.heads, self.length, self.dim), self.dtype)
         call = _explain.explain(q, q, q, causal=self.causal, similarity=self.similarity).call
-        return next(entry.why_not(call) for entry in _dispatch.TABLE if entry.name == name)
+        return _dispatch.named(name).why_not(call)
 
 
 @dataclasses.dataclass

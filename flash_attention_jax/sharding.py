@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flash_attention_jax import _check, _context, _local, _parts, _read
-from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call
+from flash_attention_jax import _check, _context, _local, _options, _read
+from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call, roles
 from flash_attention_jax._context import Plan
 from flash_attention_jax._front import check_implementation, check_names
+from flash_attention_jax._options import Options
 from flash_attention_jax._order import shard_positions, unzigzag, zigzag
-from flash_attention_jax._read import Options
 from flash_attention_jax._types import ArrayLike
 
 __all__ = [
@@ -68,7 +68,6 @@ def _fixed(function: str, options: Any) -> tuple[dict[str, Any], dict[str, Any]]
     return rest, {
         "layout": layout,
         "similarity": similarity,
-        "default_scale": 10.0 if similarity == "cosine" else None,
         "groups": own.get("groups", 1),
         "l2norm": own.get("l2norm_qk", True),
     }
@@ -339,12 +338,9 @@ def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
     places = dict(cut)
     if name in ("mask", "bias"):
         places.pop("j")
-    roles = _parts.roles(call.layout, name)
+    axes = zip(roles(call.layout, name), x.shape, strict=True)
     return PartitionSpec(
-        *(
-            places.get(r) if n != 1 or name in ROLES else None
-            for r, n in zip(roles, x.shape, strict=True)
-        )
+        *(places.get(letter) if size != 1 or name in ROLES else None for letter, size in axes)
     )
 
 
@@ -431,7 +427,7 @@ def context_parallel_attention(
         return _context.attend(one, arrays, chosen, length, options.get("implementation"))
 
     results = {
-        name: jax.ShapeDtypeStruct(call.shape(_parts.roles(call.layout, name)), call.dtype)
+        name: jax.ShapeDtypeStruct(call.shape(roles(call.layout, name)), call.dtype)
         for name in ("out", "lse")
     }
     in_specs = {name: _spec(name, x, call, cut) for name, x in whole.items()}
@@ -446,7 +442,7 @@ def context_parallel_attention(
     # Where nothing moves, a cotangent that knows no mesh is brought into place by this.
     out, lse = (place(x, _spec(name, x, call, cut)) for name, x in (("out", out), ("lse", lse)))
     if padded:
-        at = _parts.roles(call.layout, "out").index("i")
+        at = roles(call.layout, "out").index("i")
         out, lse = (x[(slice(None),) * at + (slice(reading.call.q_len),)] for x in (out, lse))
     out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
     return (out, lse) if options.get("return_lse", False) else out
@@ -552,7 +548,7 @@ class Placement:
         Returns:
             (batch, length, heads, dim).
         """
-        ours = {theirs: name for name, theirs in _read.JAX_NAMES.items()}
+        ours = {theirs: name for name, theirs in _options.JAX_NAMES.items()}
         named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
         axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return context_parallel_attention(query, key, value, layout="heads_last", **axes, **named)

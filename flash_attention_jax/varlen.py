@@ -181,7 +181,6 @@ def flash_attention_varlen(
         options,
         layout="heads_last",
         similarity=similarity,
-        default_scale=10.0 if similarity == "cosine" else None,
     )
 
 

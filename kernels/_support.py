@@ -1,46 +1,21 @@
-"""Why a kernel declines a call, from static facts; and the interpreter that stands in for a GPU.
+"""Why a Hopper kernel declines a call, from static facts; and what declines in every backend.
 
 Nothing here imports Pallas or Triton before a call has passed every check that needs neither.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import importlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from flash_attention_jax._platform import HOPPER
 from flash_attention_jax.kernels._config import LARGEST_DIM
 
 if TYPE_CHECKING:
     from flash_attention_jax._call import Call
-
-HOPPER = (9, 0)
-
-_interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Trace calls as for a Hopper GPU, and run its kernels on the CPU, slowly, looking for races.
-
-    Needs jax 0.11 or newer. For tests: every call traced inside is one of its own, so nothing that
-    was traced outside is reused.
-    """
-    token = _interpreting.set(True)
-    try:
-        yield
-    finally:
-        _interpreting.reset(token)
-
-
-def interpreting() -> bool:
-    """Whether `interpreted` is in force."""
-    return _interpreting.get()
 
 
 def interpreter(call: Call) -> Any:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flash_attention_jax
-from flash_attention_jax import _blocked, _masks, _read, explain, flash_attention
+from flash_attention_jax import _blocked, _masks, _platform, _read, explain, flash_attention
 from flash_attention_jax._subject import difference
 from flash_attention_jax._tiles import Tile
 from flash_attention_jax.kernels import _config, _support, attention, hopper_decode, operands
@@ -33,7 +33,7 @@ needs_interpreter = pytest.mark.skipif(
 @pytest.fixture
 def interpreted():
     """Calls run on the interpreted kernels, with 32-bit types: its threads know no others."""
-    with _x64_off(), _support.interpreted():
+    with _x64_off(), _platform.interpreted():
         yield
 
 

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 import flash_attention_jax
-from flash_attention_jax import _dense, _read, flash_attention, flash_cosine_sim_attention
+from flash_attention_jax import (
+    _dense,
+    _platform,
+    _read,
+    flash_attention,
+    flash_cosine_sim_attention,
+)
 from flash_attention_jax._subject import QUICK, difference
-from flash_attention_jax.kernels import _support, triton_support
+from flash_attention_jax.kernels import triton_support
 from flash_attention_jax.testing import CLAIMS, Subject, check
 
 missing = triton_support._interpreter_why_not()
@@ -31,7 +37,7 @@ DECLINED = {
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with _support.interpreted():
+    with _platform.interpreted():
         yield
 
 
