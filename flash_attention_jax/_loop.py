@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from flash_attention_jax._curves import Curves
+from flash_attention_jax._line import on_terminal
 from flash_attention_jax._optional import needs
-from flash_attention_jax.compare import on_terminal
 from flash_attention_jax.data import InputError, Text
 
 with needs("flash_attention_jax.train", "flax", "optax", "tqdm", extra="train"):

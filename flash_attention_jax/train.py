@@ -26,10 +26,11 @@ from jaxtyping import PyTree
 
 import flash_attention_jax
 from flash_attention_jax import _curves
+from flash_attention_jax._check_command import check_main
 from flash_attention_jax._fleet import Fleet, join_processes, make_mesh, parse_mesh
+from flash_attention_jax._line import Parser, UsageError
 from flash_attention_jax._loop import Config, evaluate, fit, fit_alone, sample
 from flash_attention_jax._saving import writing
-from flash_attention_jax.compare import Parser, UsageError, check_main
 from flash_attention_jax.data import InputError, Text, byte_entropy, load_text, replacing
 
 __all__ = ["Config", "demo_main", "evaluate", "fit", "train_main"]
