@@ -1,7 +1,7 @@
 """Compile every Hopper kernel for an H200 that is not there, and report what each one takes.
 
-    python -m flash_attention_jax.kernels.compile
-    python -m flash_attention_jax.kernels.compile --only causal --dims 128
+    python -m flash_attention_jax compile hopper
+    python -m flash_attention_jax compile hopper --only causal --dims 128
 
 XLA compiles for a device that is only described (deviceless compilation); the assembler then says
 how many registers a kernel has and how many bytes it spills. The exit status is 1 if one spills or
@@ -91,7 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flash_attention_jax.kernels.compile")
+    parser = argparse.ArgumentParser(prog="python -m flash_attention_jax compile hopper")
     parser.add_argument("--only", choices=list(OPTIONS), nargs="+", default=list(OPTIONS))
     parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS))
     parser.add_argument("--dump", help=argparse.SUPPRESS)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # JAX reads where to dump when it is imported, which it is: once more, in a new process.
         with tempfile.TemporaryDirectory(prefix="compile-") as dump:
             given = ["--only", *args.only, "--dims", *map(str, args.dims), "--dump", dump]
-            command = [sys.executable, "-m", "flash_attention_jax.kernels.compile", *given]
+            command = [sys.executable, "-m", "flash_attention_jax", "compile", "hopper", *given]
             return subprocess.run(command, env=_environment(dump), check=False).returncode
     dump = args.dump
     print(f"jax {jax.__version__}, sm_90a, bfloat16, length {LENGTH}, 8 heads")

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not there, and report what each one takes.
 
-    python -m flash_attention_jax.kernels.triton_compile
-    python -m flash_attention_jax.kernels.triton_compile --only causal --dims 128 --targets 80
+    python -m flash_attention_jax compile triton
+    python -m flash_attention_jax compile triton --only causal --dims 128 --targets 80
 
 Triton compiles for a target that is only named; its assembler says how many registers a kernel has
 and how many bytes it spills. The exit status is 1 if one spills (float32 of 256 dimensions aside),
@@ -62,7 +62,7 @@ GRADIENTS: dict[str, Direction] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flash_attention_jax.kernels.triton_compile")
+    parser = argparse.ArgumentParser(prog="python -m flash_attention_jax compile triton")
     parser.add_argument("--only", choices=list(OPTIONS), nargs="+", default=list(OPTIONS))
     parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS))
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))

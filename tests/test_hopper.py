@@ -650,7 +650,7 @@ def test_forward_and_backward_lower_for_cuda(case):
 
 
 def test_compile_command_says_so_without_the_cuda_plugin_or_finds_no_spill():
-    command = ["-m", "flash_attention_jax.kernels.compile", "--only", "causal", "--dims", "64"]
+    command = ["-m", "flash_attention_jax", "compile", "hopper", "--only", "causal", "--dims", "64"]
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from flash_attention_jax import _read
-from flash_attention_jax.kernels import _config, stored, triton_config, tune
+from flash_attention_jax import _tune
+from flash_attention_jax.kernels import _config, stored, triton_config
 
 DEVICE = "NVIDIA H200"
 NAME = stored.key("hopper", "forward", 64, banded=True, dtype="bfloat16")
@@ -103,9 +104,9 @@ def test_nothing_is_read_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_candidates_fit_into_shared_memory():
-    for direction in tune.DIRECTIONS["hopper"]:
+    for direction in _tune.DIRECTIONS["hopper"]:
         for dim in (64, 128, 192, 256):
-            found = list(tune.hopper_candidates(direction, dim))
+            found = list(_tune.hopper_candidates(direction, dim))
             assert found
             assert dataclasses.asdict(_config.TABLE[direction][dim]) in found, (direction, dim)
             sizes = [
@@ -130,8 +131,8 @@ def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
         return run
 
     candidates = [{"warpgroups": 2, "inner": 64, "stages": n} for n in (4, 5, 3, 2)]
-    kernel = tune.Kernel("hopper", "forward", 64, True, "bfloat16")
-    best, medians = tune.tune(kernel, candidates, builder, 4, clock=lambda: now)
+    kernel = _tune.Kernel("hopper", "forward", 64, True, "bfloat16")
+    best, medians = _tune.tune(kernel, candidates, builder, 4, clock=lambda: now)
     assert best == candidates[3]
     assert medians == {0: 3, 2: 2, 3: 1}
 
@@ -141,8 +142,8 @@ def test_triton_takes_stored_tiles_too(folder):
     call = _read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
     own = triton_config.tiles((8, 0), 80, False, "bfloat16", "dq")
     assert triton_config.tiles_of(call, "dq") == own
-    kernel = tune.Kernel("triton", "dq", 128, False, "bfloat16")
-    first, second, *rest = tune.candidates(kernel, (8, 0))
+    kernel = _tune.Kernel("triton", "dq", 128, False, "bfloat16")
+    first, second, *rest = _tune.candidates(kernel, (8, 0))
     assert first == dataclasses.asdict(own)
     assert first not in (second, *rest)
     stored.write(DEVICE, {kernel.name: second})
@@ -188,13 +189,13 @@ def test_trial_is_what_is_traced(folder):
 )
 def test_tune_refuses_what_it_cannot_measure(arguments, text, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tune.tune_main(arguments)
+        _tune.tune_main(arguments)
     assert capsys.readouterr().err.endswith(f"flash-attention-jax tune: error: {text}\n")
 
 
 def test_tune_says_what_is_missing(capsys):
     stored.device_kind.cache_clear()
-    assert tune.tune_main([]) == 2
+    assert _tune.tune_main([]) == 2
     assert capsys.readouterr().err == (
         "flash-attention-jax tune: error: JAX sees no NVIDIA GPU, and tiles are measured on the "
         "one that will use them\n"
