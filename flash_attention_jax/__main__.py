@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 import flash_attention_jax
-from flash_attention_jax._check_command import check_main
-from flash_attention_jax._explain_command import explain_main
+from flash_attention_jax._commands.check import check_main
+from flash_attention_jax._commands.explain import explain_main
 
 PROG = "flash_attention_jax"
 
@@ -28,15 +28,15 @@ def _train(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from flash_attention_jax._bench import bench_main
+    from flash_attention_jax._commands.bench import bench_main
 
     return bench_main(argv)
 
 
 def _compile(argv: list[str]) -> int:
-    from flash_attention_jax import _compile_hopper, _compile_triton
+    from flash_attention_jax._commands import compile_hopper, compile_triton
 
-    backends = {"hopper": _compile_hopper.main, "triton": _compile_triton.main}
+    backends = {"hopper": compile_hopper.main, "triton": compile_triton.main}
     if not argv or argv[0] not in backends:
         asked = not argv or argv[0] in ("-h", "--help")
         text = f"usage: {PROG} compile hopper|triton [OPTIONS]; hopper --help lists its options"
@@ -46,7 +46,7 @@ def _compile(argv: list[str]) -> int:
 
 
 def _tune(argv: list[str]) -> int:
-    from flash_attention_jax._tune import tune_main
+    from flash_attention_jax._commands.tune import tune_main
 
     return tune_main(argv)
 

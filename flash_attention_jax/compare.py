@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax import _check
+from flash_attention_jax._core import check
 
 __all__ = [
     "Difference",
@@ -74,7 +74,7 @@ class PRNGKeyGenerator:
     """
 
     def __init__(self, seed: int = 42) -> None:
-        self._key = jax.random.key(_check.whole("seed", seed, least=0))
+        self._key = jax.random.key(check.whole("seed", seed, least=0))
 
     def __iter__(self) -> Iterator[jax.Array]:
         return self
@@ -141,10 +141,10 @@ def value_and_grad_difference(
     for name, fn in (("fn1", fn1), ("fn2", fn2)):
         if not callable(fn):
             advice = "Pass one such as `flash_attention`."
-            _check.fail(name, "be a function", _check.shown(fn), advice, TypeError)
+            check.fail(name, "be a function", check.shown(fn), advice, TypeError)
     sizes = {"batch": batch, "heads": heads, "q_seq_len": q_seq_len, "k_seq_len": k_seq_len}
     for name, size in (sizes | {"dim": dim}).items():
-        _check.whole(name, size, least=1)
+        check.whole(name, size, least=1)
     keys = PRNGKeyGenerator(seed)
 
     def normal(length: int) -> jax.Array:
@@ -152,7 +152,7 @@ def value_and_grad_difference(
 
     q, k, v, dout = map(normal, (q_seq_len, k_seq_len, k_seq_len, q_seq_len))
     mask = None
-    if _check.flag("add_key_mask", add_key_mask):
+    if check.flag("add_key_mask", add_key_mask):
         lengths = jax.random.randint(next(keys), (batch, 1), 1, k_seq_len + 1, jnp.int32)
         mask = jnp.arange(k_seq_len, dtype=jnp.int32) < lengths
     first = list(_results("fn1", fn1, mask)(q, k, v, dout))
@@ -178,7 +178,7 @@ def _results(name: str, fn: Callable[..., Any], mask: jax.Array | None) -> Calla
         out = out[0] if isinstance(out, tuple) else out
         if out.shape != q.shape:
             requirement = f"return an output of the queries' shape {q.shape}"
-            _check.fail(name, requirement, str(out.shape), "Bind its options with partial.")
+            check.fail(name, requirement, str(out.shape), "Bind its options with partial.")
         return jnp.swapaxes(out, 1, 2) if heads_last else out
 
     return jax.jit(functools.partial(value_and_grads, attend))

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flash_attention_jax import _read
-from flash_attention_jax import _tune
-from flash_attention_jax.kernels import _config, stored, triton_config
+from flash_attention_jax._api import read
+from flash_attention_jax._commands import tune
+from flash_attention_jax.kernels import hopper_config, stored, triton_config
 
 DEVICE = "NVIDIA H200"
 NAME = stored.key("hopper", "forward", 64, banded=True, dtype="bfloat16")
+SHIPPED = hopper_config.TABLE["forward"][64]
 
 
 @pytest.fixture
@@ -29,17 +30,17 @@ def folder(tmp_path, monkeypatch):
 
 def call_of(**options):
     q = jax.ShapeDtypeStruct((1, 8, 512, 64), jnp.bfloat16)
-    reading = _read.read(q, q, q, None, options, platform="gpu", capability=(9, 0))
+    reading = read.read(q, q, q, None, options, platform="gpu", capability=(9, 0))
     return reading.call
 
 
 def test_stored_tiles_come_before_the_table(folder):
-    assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+    assert hopper_config.tiles(call_of(causal=True), "forward") == SHIPPED
     path = stored.write(DEVICE, {NAME: {"warpgroups": 3, "inner": 64, "stages": 4}})
     assert path == folder / "tiles-NVIDIA-H200.json"
-    assert _config.tiles(call_of(causal=True), "forward") == _config.Tiles(3, 64, 4)
-    assert _config.tiles(call_of(), "forward") == _config.TABLE["forward"][64]
-    assert _config.tiles(call_of(causal=True), "dq") == _config.TABLE["dq"][64]
+    assert hopper_config.tiles(call_of(causal=True), "forward") == hopper_config.Tiles(3, 64, 4)
+    assert hopper_config.tiles(call_of(), "forward") == hopper_config.TABLE["forward"][64]
+    assert hopper_config.tiles(call_of(causal=True), "dq") == hopper_config.TABLE["dq"][64]
 
 
 def test_writing_keeps_what_was_stored(folder):
@@ -86,14 +87,17 @@ def test_file_that_cannot_be_used_is_one_clear_warning(folder, text, reason):
     path = stored.path_of(DEVICE)
     path.write_text(text)
     with pytest.warns(RuntimeWarning) as found:
-        assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+        assert (
+            hopper_config.tiles(call_of(causal=True), "forward")
+            == hopper_config.TABLE["forward"][64]
+        )
     message = str(found[0].message)
     assert message.startswith(f"The measured tiles in {path} are ignored: ")
     assert reason in message
     assert message.endswith("Measure again with `flash-attention-jax tune`, or delete the file.")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        _config.tiles(call_of(causal=True), "forward")
+        hopper_config.tiles(call_of(causal=True), "forward")
 
 
 def test_nothing_is_read_without_a_gpu(tmp_path, monkeypatch):
@@ -104,15 +108,19 @@ def test_nothing_is_read_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_candidates_fit_into_shared_memory():
-    for direction in _tune.DIRECTIONS["hopper"]:
+    for direction in tune.DIRECTIONS["hopper"]:
         for dim in (64, 128, 192, 256):
-            found = list(_tune.hopper_candidates(direction, dim))
+            found = list(tune.hopper_candidates(direction, dim))
             assert found
-            assert dataclasses.asdict(_config.TABLE[direction][dim]) in found, (direction, dim)
+            assert dataclasses.asdict(hopper_config.TABLE[direction][dim]) in found, (
+                direction,
+                dim,
+            )
             sizes = [
-                _config.shared_memory(direction, dim, _config.Tiles(**entry)) for entry in found
+                hopper_config.shared_memory(direction, dim, hopper_config.Tiles(**entry))
+                for entry in found
             ]
-            assert max(sizes) <= _config.SHARED_MEMORY
+            assert max(sizes) <= hopper_config.SHARED_MEMORY
 
 
 def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
@@ -131,19 +139,19 @@ def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
         return run
 
     candidates = [{"warpgroups": 2, "inner": 64, "stages": n} for n in (4, 5, 3, 2)]
-    kernel = _tune.Kernel("hopper", "forward", 64, True, "bfloat16")
-    best, medians = _tune.tune(kernel, candidates, builder, 4, clock=lambda: now)
+    kernel = tune.Kernel("hopper", "forward", 64, True, "bfloat16")
+    best, medians = tune.tune(kernel, candidates, builder, 4, clock=lambda: now)
     assert best == candidates[3]
     assert medians == {0: 3, 2: 2, 3: 1}
 
 
 def test_triton_takes_stored_tiles_too(folder):
     q = jax.ShapeDtypeStruct((1, 8, 512, 80), jnp.bfloat16)
-    call = _read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
+    call = read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
     own = triton_config.tiles((8, 0), 80, False, "bfloat16", "dq")
     assert triton_config.tiles_of(call, "dq") == own
-    kernel = _tune.Kernel("triton", "dq", 128, False, "bfloat16")
-    first, second, *rest = _tune.candidates(kernel, (8, 0))
+    kernel = tune.Kernel("triton", "dq", 128, False, "bfloat16")
+    first, second, *rest = tune.candidates(kernel, (8, 0))
     assert first == dataclasses.asdict(own)
     assert first not in (second, *rest)
     stored.write(DEVICE, {kernel.name: second})
@@ -163,15 +171,15 @@ def test_triton_leaves_room_for_a_term_of_pairs(direction, dim, expected):
     q = jax.ShapeDtypeStruct((1, 8, 512, dim), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((8, 512, 512), jnp.float32)
     options = {"bias": bias}
-    call = _read.read(q, q, q, None, options, platform="gpu", capability=(8, 0)).call
+    call = read.read(q, q, q, None, options, platform="gpu", capability=(8, 0)).call
     found = triton_config.tiles_of(call, direction)
     assert found == triton_config.Tiles(*expected, num_warps=8, num_stages=1)
 
 
 def test_trial_is_what_is_traced(folder):
     with stored.trial({NAME: {"warpgroups": 1, "inner": 32, "stages": 2}}):
-        assert _config.tiles(call_of(causal=True), "forward") == _config.Tiles(1, 32, 2)
-    assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+        assert hopper_config.tiles(call_of(causal=True), "forward") == hopper_config.Tiles(1, 32, 2)
+    assert hopper_config.tiles(call_of(causal=True), "forward") == SHIPPED
 
 
 @pytest.mark.parametrize(
@@ -189,13 +197,13 @@ def test_trial_is_what_is_traced(folder):
 )
 def test_tune_refuses_what_it_cannot_measure(arguments, text, capsys):
     with pytest.raises(SystemExit, match="2"):
-        _tune.tune_main(arguments)
+        tune.tune_main(arguments)
     assert capsys.readouterr().err.endswith(f"flash-attention-jax tune: error: {text}\n")
 
 
 def test_tune_says_what_is_missing(capsys):
     stored.device_kind.cache_clear()
-    assert _tune.tune_main([]) == 2
+    assert tune.tune_main([]) == 2
     assert capsys.readouterr().err == (
         "flash-attention-jax tune: error: JAX sees no NVIDIA GPU, and tiles are measured on the "
         "one that will use them\n"

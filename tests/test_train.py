@@ -23,7 +23,9 @@ import numpy as np
 import optax
 import pytest
 
-from flash_attention_jax import _curves, _loop, data, train
+from flash_attention_jax import data, train
+from flash_attention_jax._training import curves as _curves
+from flash_attention_jax._training import loop
 from flash_attention_jax.data import InputError, byte_entropy, load_text
 from flash_attention_jax.transformer import CausalTransformer, generate
 
@@ -268,7 +270,7 @@ def test_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
 
 def test_progress_shows_the_speed_without_the_first_step(capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), accumulate=2)
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    with loop._progress(config, 0, "train", shown=True) as progress:
         for loss, seconds in ((9.0, 60.0), (7.0, 0.25), (5.0, 0.75)):
             progress({"bits_per_byte": np.float32(loss)}, seconds)
     # 2 batches of 4 sequences of 16 tokens in half a second on average.
@@ -278,7 +280,7 @@ def test_progress_shows_the_speed_without_the_first_step(capsys):
 def test_progress_in_a_pipe_is_whole_lines(capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), steps=25)
     for done, shown in ((0, True), (22, True), (0, False)):
-        with _loop._progress(config, done, "train", shown=shown) as progress:
+        with loop._progress(config, done, "train", shown=shown) as progress:
             for _ in range(done, 25):
                 progress({"bits_per_byte": np.float32(8.0)}, 0.5)
         said = capsys.readouterr().err
@@ -291,8 +293,8 @@ def test_progress_in_a_pipe_is_whole_lines(capsys):
 def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), steps=10_000)
     now = [0.0]
-    monkeypatch.setattr(_loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with loop._progress(config, 0, "train", shown=True) as progress:
         for _ in range(8):
             now[0] += 25.0
             progress({"bits_per_byte": np.float32(8.0)}, 25.0)
@@ -303,7 +305,7 @@ def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     config = config_of(type("T", (), {"fingerprint": ""}))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    with loop._progress(config, 0, "train", shown=True) as progress:
         progress({"bits_per_byte": np.float32(8.0)}, 0.5)
     said = capsys.readouterr().err
     assert re.search(r"\rtrain: +17%.*1/6 .*128 tokens/s, 8.000 bits/byte\]", said)
@@ -829,7 +831,7 @@ def test_generation_refuses_what_it_cannot_do(change, message):
 
 def test_text_of_a_sample_is_safe_to_print():
     tokens = np.frombuffer("é\x1b[2J\ta\nb".encode() + b"\xff", np.uint8)
-    assert _loop._printable(tokens) == "é?[2J a\nb\ufffd"
+    assert loop._printable(tokens) == "é?[2J a\nb\ufffd"
 
 
 def test_resume_command_names_this_python(monkeypatch, tmp_path):
