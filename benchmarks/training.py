@@ -59,14 +59,14 @@ def configured(text: Text, *, steps: int, **changes: Any) -> Config:
 
 def losses(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]:
     """Bits per byte of each step of a run, and on held-out text after it."""
-    from flash_attention_jax._training import curves as _curves
+    from flash_attention_jax._training import curves as drawing
     from flash_attention_jax.train import evaluate, fit
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         state = fit(config, text, Path(out), label=f"{config.attention}, {config.similarity}")
         held_out = text.validation(windows=VALID_WINDOWS, seq_len=config.seq_len)
         bits = evaluate(config, state["params"], held_out)
-        return _curves.read(Path(out))["bits_per_byte"], bits
+        return drawing.read(Path(out))["bits_per_byte"], bits
 
 
 def same_curve(text: Text, folder: Path, steps: int) -> dict[str, Any]:

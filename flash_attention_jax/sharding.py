@@ -22,16 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flash_attention_jax._api import options as _options
 from flash_attention_jax._api import read
-from flash_attention_jax._api.options import Options
+from flash_attention_jax._api.options import JAX_NAMES, Options
 from flash_attention_jax._api.run import check_implementation, check_names
 from flash_attention_jax._core import check
 from flash_attention_jax._core.call import DIFFERENTIABLE, ROLES, Arrays, Call, roles
 from flash_attention_jax._core.types import ArrayLike
 from flash_attention_jax._parallel import context
-from flash_attention_jax._parallel import local as _local
 from flash_attention_jax._parallel.context import Plan
+from flash_attention_jax._parallel.local import axis_size, read_local
 from flash_attention_jax._parallel.order import shard_positions, unzigzag, zigzag
 
 __all__ = [
@@ -89,11 +88,11 @@ def _inside(
 ) -> Any:
     """Runs a function inside `shard_map`."""
     rest, fixed = _fixed(function, options)
-    sizes = [_local.axis_size("axis_name", axis) for axis in axes]
+    sizes = [axis_size("axis_name", axis) for axis in axes]
     for name, axis in (("batch_axis", batch_axis), ("head_axis", head_axis)):
         if axis is not None:
-            _local.axis_size(name, axis)
-    local = _local.read(*arrays, rest, sizes[0], **fixed)
+            axis_size(name, axis)
+    local = read_local(*arrays, rest, sizes[0], **fixed)
     context.check_order(order, local.call, sizes[0])
     chosen = context.plan(local.call, (sizes[0], 0), way, order)
     found = context.with_origin(local.call, local.arrays, batch_axis, head_axis)
@@ -552,7 +551,7 @@ class Placement:
         Returns:
             (batch, length, heads, dim).
         """
-        ours = {theirs: name for name, theirs in _options.JAX_NAMES.items()}
+        ours = {theirs: name for name, theirs in JAX_NAMES.items()}
         named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
         axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return context_parallel_attention(query, key, value, layout="heads_last", **axes, **named)

@@ -5,6 +5,7 @@ import graphlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,16 @@ def test_imports_are_absolute(module):
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
+
+
+def test_tree_of_the_readme_is_that_of_the_folders():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree, _, rest = text.partition("## The tree")[2].partition("`flash_attention_jax/kernels` is")
+    wings = re.findall(r"^ {6}(\w+)/ ", tree, re.MULTILINE)
+    floors = [name for floor in FLOORS for name in floor if (ROOT / PACKAGE / name).is_dir()]
+    assert wings == [name for name in floors if name]
+    modules = rest[rest.index("itself: ") :].partition(".")[0]
+    assert set(re.findall(r"\w+", modules)) - {"itself", "and"} == set(PUBLIC_MODULES)
 
 
 def test_every_module_has_a_floor():

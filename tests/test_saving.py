@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import train
-from flash_attention_jax._training import curves as _curves
+from flash_attention_jax._training import curves as drawing
 from flash_attention_jax._training import saving
 from flash_attention_jax.data import InputError, Text
 
@@ -45,7 +45,7 @@ def options(text_file, out, *more, steps=6):
 
 def curve(out):
     """What the log of a run says of the steps, apart from their speed."""
-    curves = _curves.read(out)
+    curves = drawing.read(out)
     del curves["tokens_per_second"]
     return np.stack(list(curves.values()))
 
@@ -439,7 +439,7 @@ def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, mon
     np.testing.assert_array_equal(curve(tmp_path / "run"), curve(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("where", ["_curves.os.fsync", "_curves.draw", "train.replacing"])
+@pytest.mark.parametrize("where", ["drawing.os.fsync", "drawing.draw", "train.replacing"])
 def test_log_picture_and_summary_on_a_full_disk_are_one_line(
     where, text_file, tmp_path, monkeypatch, capsys
 ):

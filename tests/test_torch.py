@@ -13,7 +13,7 @@ import flash_attention_jax
 torch = pytest.importorskip("torch", reason="needs torch")
 
 from flash_attention_jax._torch import bridge, read  # noqa: E402
-from flash_attention_jax._torch import program as _torch_program  # noqa: E402
+from flash_attention_jax._torch import program as programs  # noqa: E402
 from flash_attention_jax.torch import jax2torch  # noqa: E402
 
 torch.set_num_threads(1)  # with tensors as small as these, more threads wait for each other
@@ -222,10 +222,10 @@ def test_traced_once_for_each_shape(rng):
 
 def test_backward_is_compiled_once_for_each_shape(rng):
     ours = jax2torch(jnp.cosh)
-    before = _torch_program.gradients._cache_size()
+    before = programs.gradients._cache_size()
     for _ in range(3):
         ours(tensor(rng, 6, grad=True)).sum().backward()
-    assert _torch_program.gradients._cache_size() == before + 1
+    assert programs.gradients._cache_size() == before + 1
 
 
 def test_residuals_that_are_arguments_or_outputs_are_not_copied():
@@ -233,7 +233,7 @@ def test_residuals_that_are_arguments_or_outputs_are_not_copied():
         flash_attention_jax.flash_attention, (torch.zeros(1, 2, 8, 4),) * 3, {}
     )
     wanted, given = (True,) * 3, [bridge.to_jax(x) for x in arrays]
-    _, own, tape = _torch_program.value_and_tape(program, wanted, given)
+    _, own, tape = programs.value_and_tape(program, wanted, given)
     kinds = [source for source in tape.sources if source[0] != "own"]
     assert kinds == [("array", 0), ("array", 1), ("array", 2), ("out", 0)]
     assert [x.shape for x in own] == [(1, 2, 8)] * 2  # lse, and what it lacks

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_before 
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
 from flash_attention_jax._torch import operator  # noqa: E402
-from flash_attention_jax._torch import program as _torch_program  # noqa: E402
+from flash_attention_jax._torch import program as programs  # noqa: E402
 from flash_attention_jax.torch import (  # noqa: E402
     Attention,
     flash_attention,
@@ -147,7 +147,7 @@ def test_compiled_backward_runs_no_forward_again(rng):
     full_graph(model)(tensor(rng, *SHAPE)).backward()
     made = [operator.STEPS[key] for key in set(operator.STEPS) - steps]
     functions = {step.function for step in made}
-    assert functions == {_torch_program.value_and_tape, _torch_program.gradients}
+    assert functions == {programs.value_and_tape, programs.gradients}
 
 
 def test_inductor_compiles_it(rng):

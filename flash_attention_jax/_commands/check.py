@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._api import attention, explain
-from flash_attention_jax._api import cosine as _cosine
+from flash_attention_jax._api.attention import flash_attention
+from flash_attention_jax._api.cosine import cosine_sim_flash_attention
+from flash_attention_jax._api.explain import explain
 from flash_attention_jax._commands.line import DTYPES, Bar, Parser, UsageError, lengths, positive
 from flash_attention_jax._engines import dispatch
 from flash_attention_jax.compare import value_and_grads
@@ -56,14 +57,14 @@ class _Problem:
     def attend(self, name: str | None, **options: Any) -> Callable[..., Any]:
         """The attention function (q, k, v) of an engine."""
         cosine = self.similarity == "cosine"
-        function = _cosine.cosine_sim_flash_attention if cosine else attention.flash_attention
+        function = cosine_sim_flash_attention if cosine else flash_attention
         options = {"causal": self.causal, "implementation": name, **options}
         return functools.partial(function, **options)
 
     def why_not(self, name: str) -> str | None:
         """Why an engine declines, None where it does not."""
         q = jax.ShapeDtypeStruct((self.batch, self.heads, self.length, self.dim), self.dtype)
-        call = explain.explain(q, q, q, causal=self.causal, similarity=self.similarity).call
+        call = explain(q, q, q, causal=self.causal, similarity=self.similarity).call
         return dispatch.named(name).why_not(call)
 
 

@@ -25,7 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flash_attention_jax._api import read as _read
+from flash_attention_jax._api.read import arrays as arrays_of
+from flash_attention_jax._api.read import read
 from flash_attention_jax._core.call import Arrays
 from flash_attention_jax.kernels import triton_config
 from flash_attention_jax.kernels.triton_config import Direction, Tiles
@@ -154,7 +155,7 @@ def compile_kernel(
         shaped["dropout_key"] = jax.ShapeDtypeStruct((2,), jnp.uint32)
     capability = divmod(target, 10)
     q = jax.ShapeDtypeStruct((1, LENGTH, HEADS, dim), jnp.dtype(dtype))
-    reading = _read.read(
+    reading = read(
         q,
         q,
         q,
@@ -162,7 +163,6 @@ def compile_kernel(
         shaped,
         layout="heads_last",
         similarity=similarity,  # pyright: ignore[reportArgumentType]
-        default_scale=10.0 if similarity == "cosine" else None,
         platform="gpu",
         capability=capability,
     )
@@ -171,15 +171,15 @@ def compile_kernel(
     kernel, over_keys = triton_attention.LAUNCHED[direction]
 
     def operands(given: dict[str, Any]) -> dict[str, Any]:
-        arrays: Arrays = _read.arrays(call, given)
+        arrays: Arrays = arrays_of(call, given)
         return triton_launch.operands(call, arrays, tiles, over_keys=over_keys)
 
-    read = jax.eval_shape(operands, reading.given)
+    loaded = jax.eval_shape(operands, reading.given)
     factor = 1.0 if similarity == "cosine" else 0.125
-    spec = triton_launch.spec_of(call, tiles, factor, read)
+    spec = triton_launch.spec_of(call, tiles, factor, loaded)
     narrow = ("q", "k", "v", "dout", "out", "dq", "dk", "dv")
     results = kernel.arg_names[kernel.arg_names.index("counts") + 1 :]
-    types = {name: x.dtype for name, x in read.items()} | dict.fromkeys(results, jnp.float32)
+    types = {name: x.dtype for name, x in loaded.items()} | dict.fromkeys(results, jnp.float32)
     signature = {
         name: _pointer(dtype if name in narrow else types.get(name, jnp.dtype(dtype)))
         for name in kernel.arg_names

@@ -14,10 +14,10 @@ from flash_attention_jax._core import check, masks
 from flash_attention_jax._core.call import ROLES, Arrays, Call, roles
 from flash_attention_jax._core.results import Results
 from flash_attention_jax._engines import dispatch
-from flash_attention_jax._parallel import order as _order
-from flash_attention_jax._parallel import parts as _parts
-from flash_attention_jax._parallel import ring as _ring
-from flash_attention_jax._parallel import ulysses as _ulysses
+from flash_attention_jax._parallel.order import ORDERS, zigzag_length
+from flash_attention_jax._parallel.parts import choose_for_parts
+from flash_attention_jax._parallel.ring import Ring, attend_ring
+from flash_attention_jax._parallel.ulysses import attend_ulysses, check_heads, spread
 
 WAYS = ("auto", "ring", "ulysses", "ring+ulysses")
 
@@ -99,13 +99,13 @@ def _chosen(call: Call, sizes: tuple[int, int], way: str, order: str) -> Plan:
         if open_:
             advice = "Pass length_axis=(ring axis, axis for the heads)."
             check.fail("length_axis", f"name two axes for {way!r}", "one", advice)
-        _ulysses.check_heads(call.heads, sizes[1])
+        check_heads(call.heads, sizes[1])
         return _described(call, "ring+ulysses", "the mesh has an axis for each", sizes, order)
     if not open_:
         advice = "Use 'ring+ulysses', or name one axis."
         check.fail("length_axis", f"name one axis for {way!r}", "two", advice)
     if way == "ulysses":
-        _ulysses.check_heads(call.heads, devices)
+        check_heads(call.heads, devices)
         return _described(call, way, "it was asked for", (1, devices), order)
     ring = _described(call, "ring", "it was asked for", (devices, 1), order)
     if way == "ring":
@@ -133,7 +133,7 @@ def _described(call: Call, way: str, reason: str, sizes: tuple[int, int], order:
     sent_forward = sent_backward = 0
     inside = call
     if ulysses > 1:
-        heads, kv_heads = _ulysses.spread(call, ulysses)
+        heads, kv_heads = spread(call, ulysses)
         # q, k, v there and out back; backward the same for their gradients. An lse that is asked
         # for is one more.
         forward["all-to-all"] = backward["all-to-all"] = 4
@@ -145,7 +145,7 @@ def _described(call: Call, way: str, reason: str, sizes: tuple[int, int], order:
         inside = dataclasses.replace(call, heads=heads, kv_heads=kv_heads)
     hops = 0
     if size > 1:
-        ring = _ring.Ring(inside, dispatch.named("blocked"), "", size, order == "zigzag")
+        ring = Ring(inside, dispatch.named("blocked"), "", size, order == "zigzag")
         hops = sum(sweep.hops for sweep in ring.sweeps)
         ids = 1 if call.has("kv_segment_ids") else 0
         if hops:
@@ -183,13 +183,13 @@ def attend(
         return dispatch.choose(call, implementation).attend(call, arrays)
 
     def around(call: Call, arrays: Arrays) -> Results:
-        engine = _parts.choose(call, implementation)
-        ring = _ring.Ring(call, engine, axes[0], chosen.ring, chosen.order == "zigzag")
-        return _ring.attend(ring, arrays)
+        engine = choose_for_parts(call, implementation)
+        ring = Ring(call, engine, axes[0], chosen.ring, chosen.order == "zigzag")
+        return attend_ring(ring, arrays)
 
     inner = around if chosen.ring > 1 else whole
     if chosen.ulysses > 1:
-        return _ulysses.attend(call, arrays, axes[-1], chosen.ulysses, inner)
+        return attend_ulysses(call, arrays, axes[-1], chosen.ulysses, inner)
     return inner(call, arrays)[:2]
 
 
@@ -253,7 +253,7 @@ def padded(call: Call, arrays: Arrays, multiple: int) -> tuple[Call, Arrays]:
 
 def check_order(order: Any, call: Call, devices: int) -> None:
     """A known order, that the lengths allow."""
-    check.choice("order", order, _order.ORDERS)
+    check.choice("order", order, ORDERS)
     if order == "zigzag":
-        _order.zigzag_length("q", call.q_len, devices)
-        _order.zigzag_length("k", call.k_len, devices)
+        zigzag_length("q", call.q_len, devices)
+        zigzag_length("k", call.k_len, devices)

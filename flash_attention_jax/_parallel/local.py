@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flash_attention_jax._api import read as _read
+from flash_attention_jax._api.read import read
 from flash_attention_jax._core import check, dropout
 from flash_attention_jax._core.call import ROLES, TERM_ROLES, Arrays, Call
 
@@ -65,7 +65,7 @@ def _longer(x: Any, axis: int, times: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
-def read(
+def read_local(
     q: Any, k: Any, v: Any, mask: Any, options: dict[str, Any], size: int, **fixed: Any
 ) -> Local:
     """Check one device's arguments, and make the record of the whole.
@@ -97,7 +97,7 @@ def read(
         if shape[axis] == (k_len if name == "kv_segment_ids" else q_len):
             whole[name] = _longer(whole[name], axis, size)
             cut.add(name)
-    call = _read.read(longer[0], longer[1], longer[2], whole.pop("mask", None), whole, **fixed).call
+    call = read(longer[0], longer[1], longer[2], whole.pop("mask", None), whole, **fixed).call
     local = dataclasses.replace(call, q_len=q_len, k_len=k_len)
     arrays: dict[str, Any] = {
         name: jnp.asarray(x).reshape(local.shape(ROLES[name][call.layout]))

@@ -119,7 +119,7 @@ def sees_any(call: Call, arrays: Arrays) -> jax.Array | None:
     return None if visits.all_full else (visits.table() != masks.EMPTY).any()
 
 
-def choose(call: Call, name: str | None) -> dispatch.Engine:
+def choose_for_parts(call: Call, name: str | None) -> dispatch.Engine:
     """The engine for the parts of a call.
 
     Raises:

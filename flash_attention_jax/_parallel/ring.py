@@ -36,8 +36,7 @@ from flash_attention_jax._core.tiles import Tile
 from flash_attention_jax._core.varying import full, unified
 from flash_attention_jax._engines import blocked
 from flash_attention_jax._engines.dispatch import Engine
-from flash_attention_jax._parallel import parts as _parts
-from flash_attention_jax._parallel.parts import Part, Run
+from flash_attention_jax._parallel.parts import Part, Run, sees_any
 
 Blocks = dict[str, Any]
 MOVING = ("k", "v", "kv_segment_ids")
@@ -161,7 +160,7 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), x)
 
 
-def attend(ring: Ring, arrays: Arrays) -> Results:
+def attend_ring(ring: Ring, arrays: Arrays) -> Results:
     """Attention over all devices of the axis; inside `shard_map`.
 
     Args:
@@ -209,7 +208,7 @@ def _walk(ring: Ring, arrays: Arrays) -> Results:
                 merged = _merged(have, ring.engine.of_part(smaller, cut))
                 return Results(*map(part.put, Results._fields, carry, merged))
 
-            return _where(_parts.sees_any(smaller, cut), compute, carry)
+            return _where(sees_any(smaller, cut), compute, carry)
 
         return _over_parts(ring, device, owner, one, carry)
 
@@ -306,7 +305,7 @@ def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Block
                 shares = gradients(smaller, *blocked.split(cut), rows, ct)
                 return {name: part.add(name, x, shares[name]) for name, x in totals.items()}
 
-            return _where(_parts.sees_any(smaller, cut), compute, totals)
+            return _where(sees_any(smaller, cut), compute, totals)
 
         return _over_parts(ring, device, owner, one, totals)
 

@@ -46,7 +46,7 @@ def spread(call: Call, size: int) -> tuple[int, int]:
     return call.heads // size, call.kv_heads * copies(call.kv_heads, size) // size
 
 
-def attend(
+def attend_ulysses(
     call: Call, arrays: Arrays, axis: str, size: int, inner: Attend
 ) -> tuple[jax.Array, jax.Array]:
     """Attention with the heads spread over a mesh axis; inside `shard_map`.
