@@ -61,14 +61,14 @@ plots: $(VENV)/.bench ## draw every table and picture of README.md from benchmar
 compile-gpu: compile-hopper compile-triton ## compile every kernel for GPUs that are not there
 
 compile-hopper: $(VENV)/.test ## compile the Hopper kernels for an H200 without one; says so where the CUDA plugin is missing
-	$(RUN) -m flash_attention_jax.kernels.compile $(ARGS)
+	$(RUN) -m flash_attention_jax compile hopper $(ARGS)
 
 test-triton: .venv-triton/.triton ## run the Triton kernels interpreted on the CPU, and lower them for CUDA
 	TRITON_INTERPRET=1 JAX_PLATFORMS=cpu .venv-triton/bin/python -m pytest -n $(WORKERS) tests/test_triton_interpreted.py $(ARGS)
 	JAX_PLATFORMS=cpu .venv-triton/bin/python -m pytest tests/test_triton.py
 
 compile-triton: .venv-triton/.triton ## compile every Triton kernel for sm_80, 86, 89 and 90 without a GPU
-	JAX_PLATFORMS=cpu .venv-triton/bin/python -m flash_attention_jax.kernels.triton_compile $(ARGS)
+	JAX_PLATFORMS=cpu .venv-triton/bin/python -m flash_attention_jax compile triton $(ARGS)
 
 test-gpu: $(VENV)/.test ## run the tests that need an NVIDIA GPU; PYTHON must be one whose JAX sees it
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from flash_attention_jax._bench import OURS, wrong
+from flash_attention_jax._commands.bench import OURS, wrong
 
 THEMES = {
     "light": {

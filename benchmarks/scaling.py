@@ -90,7 +90,7 @@ def compiled_for_gpus(count: int, length: int) -> str:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from flash_attention_jax.kernels import compile as deviceless
+    from flash_attention_jax._commands import compile_hopper as deviceless
     from flash_attention_jax.sharding import context_parallel_attention
 
     reason = deviceless.why_not()

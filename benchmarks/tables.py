@@ -8,7 +8,7 @@ from typing import Any
 
 import measure
 
-from flash_attention_jax._bench import FORMAT, OURS, load, wrong
+from flash_attention_jax._commands.bench import FORMAT, OURS, load, wrong
 
 __all__ = ["FORMAT", "OURS", "load", "wrong"]
 

@@ -59,14 +59,14 @@ def configured(text: Text, *, steps: int, **changes: Any) -> Config:
 
 def losses(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]:
     """Bits per byte of each step of a run, and on held-out text after it."""
-    from flash_attention_jax import _curves
+    from flash_attention_jax._training import curves as drawing
     from flash_attention_jax.train import evaluate, fit
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
         state = fit(config, text, Path(out), label=f"{config.attention}, {config.similarity}")
         held_out = text.validation(windows=VALID_WINDOWS, seq_len=config.seq_len)
         bits = evaluate(config, state["params"], held_out)
-        return _curves.read(Path(out))["bits_per_byte"], bits
+        return drawing.read(Path(out))["bits_per_byte"], bits
 
 
 def same_curve(text: Text, folder: Path, steps: int) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def memory(lengths: tuple[int, ...], data: str | None) -> list[dict[str, Any]]:
 
 def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
     """Trains on single sequences; the peak of this process, and what the compiler sets aside."""
-    from flash_attention_jax import _loop
-    from flash_attention_jax._fleet import Fleet
+    from flash_attention_jax._training import loop
+    from flash_attention_jax._training.fleet import Fleet
     from flash_attention_jax.data import load_text
     from flash_attention_jax.train import fit
 
@@ -122,7 +122,7 @@ def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
         peak = measure.peak_bytes()
         tokens = text.batch(seed=0, step=0, batch=1, seq_len=length)[None]
         arguments = state["params"], state["optimizer"], tokens, np.int32(0)
-        build = _loop._update.lower(config, Fleet(), *arguments).compile()  # noqa: SLF001
+        build = loop._update.lower(config, Fleet(), *arguments).compile()  # noqa: SLF001
         analysis: Any = build.memory_analysis()
     return {
         "attention": attention,

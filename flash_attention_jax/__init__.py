@@ -21,20 +21,20 @@ if importlib.util.find_spec("flash_attention_jax.kernels") is None:
         name="flash_attention_jax.kernels",
     )
 
-from flash_attention_jax._attention import (
+from flash_attention_jax._api.attention import (
     causal_flash_attention,
     dot_product_attention,
     flash_attention,
 )
-from flash_attention_jax._cosine import (
+from flash_attention_jax._api.cosine import (
     causal_cosine_sim_flash_attention,
     cosine_sim_flash_attention,
     flash_cosine_sim_attention,
     l2norm_tensors,
 )
-from flash_attention_jax._explain import explain
-from flash_attention_jax._merge import merge_attention
-from flash_attention_jax._plain import (
+from flash_attention_jax._api.explain import explain
+from flash_attention_jax._api.merge import merge_attention
+from flash_attention_jax._api.plain import (
     attention,
     causal_attention,
     cosine_sim_attention,

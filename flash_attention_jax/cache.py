@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flash_attention_jax import _check
-from flash_attention_jax._attention import dot_product_attention
-from flash_attention_jax._types import ArrayLike
+from flash_attention_jax._api.attention import dot_product_attention
+from flash_attention_jax._core import check
+from flash_attention_jax._core.types import ArrayLike
 
 __all__ = ["KVCache", "append", "cached_attention", "init_cache"]
 
@@ -100,21 +100,21 @@ class KVCache:
                 "The last tokens lie where older ones lay, which the query before them sees: go on "
                 "from the cache that you had before them, or make one without a window."
             )
-            _check.fail("cache", "hold every token where it is trimmed", got, advice)
+            check.fail("cache", "hold every token where it is trimmed", got, advice)
         if isinstance(n, (int, np.integer)) and not isinstance(n, bool):
-            n = _check.whole("n", n, least=0, advice="Add tokens with append.")
+            n = check.whole("n", n, least=0, advice="Add tokens with append.")
             n = np.asarray(min(n, 2**31 - 1), np.int32)
-        _check.integer("n", n)
+        check.integer("n", n)
         shape = self.lengths.shape
-        _check.shape_is("n", n, [(), shape], f"() or (batch,) = {shape}", "One per sequence.")
-        taken, held = _check.concrete(n), _check.concrete(self.lengths)
+        check.shape_is("n", n, [(), shape], f"() or (batch,) = {shape}", "One per sequence.")
+        taken, held = check.concrete(n), check.concrete(self.lengths)
         if taken is not None and (taken.min(initial=0) < 0 or held is not None):
             wrong = (taken < 0) | (False if held is None else taken > held)
             if wrong.any():
                 row = int(np.argmax(np.broadcast_to(wrong, shape)))
                 got = f"{np.broadcast_to(taken, shape)[row]} in sequence {row}"
                 limit = "" if held is None else f" and the {held[row]} tokens that are there"
-                _check.fail("n", f"be within 0{limit}", got, "It is how many tokens to take out.")
+                check.fail("n", f"be within 0{limit}", got, "It is how many tokens to take out.")
         count = jnp.maximum(jnp.asarray(n).astype(jnp.int32), 0)
         return dataclasses.replace(self, lengths=jnp.maximum(self.lengths - count, 0))
 
@@ -158,13 +158,13 @@ def init_cache(
     sizes = {"batch": batch, "length": length, "kv_heads": kv_heads, "dim": dim}
     sizes["v_dim"] = dim if v_dim is None else v_dim
     for name, size in sizes.items():
-        _check.whole(name, size, least=1)
+        check.whole(name, size, least=1)
     if window is not None:
-        window = _check.whole("window", window, least=0, advice="Use None for all tokens.")
+        window = check.whole("window", window, least=0, advice="Use None for all tokens.")
         length = min(length, window + 1)
     if not jnp.issubdtype(dtype, jnp.floating):
         advice = "Keys and values are stored by rounding alone."
-        _check.fail("dtype", "be a float", str(jnp.dtype(dtype)), advice, TypeError)
+        check.fail("dtype", "be a float", str(jnp.dtype(dtype)), advice, TypeError)
     # Two buffers even where the shapes agree: one array cannot be donated twice.
     return KVCache(
         jnp.zeros((batch, length, kv_heads, dim), dtype),
@@ -292,8 +292,8 @@ def cached_attention(
     """
     for name, advice in SET_BY_THE_CACHE.items():
         if name in options:
-            got = _check.shown(options[name])
-            _check.fail(name, "be left out beside a cache", got, advice)
+            got = check.shown(options[name])
+            check.fail(name, "be left out beside a cache", got, advice)
     after = append(cache, key, value, lengths)
     relative = _check_relative(options.pop("relative_bias", None), query, cache, options)
     if lengths is not None:
@@ -301,8 +301,8 @@ def cached_attention(
     if cache.is_ring:
         for name in IN_ORDER_OF_KEYS:
             if options.get(name) is not None:
-                got, advice = _check.shown(options[name]), "Make a cache without a window."
-                _check.fail(name, "be None beside a ring", got, advice)
+                got, advice = check.shown(options[name]), "Make a cache without a window."
+                check.fail(name, "be None beside a ring", got, advice)
     single = query.shape[1] == 1
     if cache.is_ring and not (single and options.get("alibi_slopes") is None):
         return _attend_in_order(query, key, value, cache, relative, options), after
@@ -311,9 +311,7 @@ def cached_attention(
         row = jnp.moveaxis(relative[:, _diagonals_of_slots(cache, relative)], 0, 1)[:, :, None]
         bias = options.get("bias")
         if bias is not None:
-            wide = np.promote_types(
-                jnp.promote_types(_check.dtype_name(bias), "float32"), row.dtype
-            )
+            wide = np.promote_types(jnp.promote_types(check.dtype_name(bias), "float32"), row.dtype)
             row = jnp.asarray(bias).astype(wide) + row.astype(wide)
         options["bias"] = row
         relative = None
@@ -343,9 +341,9 @@ def _check_relative(
     """
     if relative is None:
         return None
-    _check.floating("query", query)
-    _check.rank("query", query, (4,), "(batch, new, heads, dim)")
-    _check.floating("relative_bias", relative)
+    check.floating("query", query)
+    check.rank("query", query, (4,), "(batch, new, heads, dim)")
+    check.floating("relative_bias", relative)
     (batch, new, heads), slots = query.shape[:3], cache.capacity
     for name, axes, target in (
         ("mask", "(b, h, i, j)", (batch, heads, new, slots)),
@@ -355,9 +353,9 @@ def _check_relative(
     ):
         x = options.get(name)
         if x is not None:
-            (_check.floating if name == "bias" else _check.array)(name, x)
+            (check.floating if name == "bias" else check.array)(name, x)
             advice = "An axis may be 1; that of the keys is as long as the cache."
-            _check.broadcasts(name, x, target, axes, advice)
+            check.broadcasts(name, x, target, axes, advice)
     shape, least = tuple(relative.shape), 2 * slots - 1
     rows = shape[:-1] in ((), (1,), (heads,))
     if not (shape and rows) or shape[-1] < least or shape[-1] % 2 == 0:
@@ -366,7 +364,7 @@ def _check_relative(
             f"{cache.capacity}, or without the heads"
         )
         advice = "Entry j - i + n - 1 is that of positions i and j."
-        _check.fail("relative_bias", requirement, f"shape {shape}", advice)
+        check.fail("relative_bias", requirement, f"shape {shape}", advice)
     return jnp.asarray(relative).reshape(-1, shape[-1])
 
 
@@ -397,7 +395,7 @@ def _attend_one_by_one(
     if options.get("dropout_key") is not None:
         # Each call would drop what the first sequence of a batch does.
         key = options.pop("dropout_key")
-        _check.random_key("dropout_key", key)
+        check.random_key("dropout_key", key)
         folds = jnp.arange(batch, dtype=jnp.uint32)
         keys_of_dropout = jax.vmap(lambda row: jax.random.fold_in(key, row))(folds)
     for name in ("mask", "bias"):
@@ -472,18 +470,18 @@ def _attend_in_order(
 def _check_tokens(cache: KVCache, key: ArrayLike, value: ArrayLike) -> int:
     """That keys and values fit the cache; returns how many tokens they are."""
     for name, x, held in (("key", key, cache.key), ("value", value, cache.value)):
-        _check.floating(name, x)
+        check.floating(name, x)
         axes = f"(batch, new, kv_heads, dim) = {(held.shape[0], 'new', *held.shape[2:])}"
         if len(x.shape) != 4 or (x.shape[0], *x.shape[2:]) != (held.shape[0], *held.shape[2:]):
             advice = "Make the cache for these sizes with init_cache."
-            _check.fail(name, f"have the axes {axes} of the cache", f"{tuple(x.shape)}", advice)
-        same = _check.dtype_name(x) == str(held.dtype)
-        if not same and jnp.dtype(_check.dtype_name(x)).itemsize <= held.dtype.itemsize:
+            check.fail(name, f"have the axes {axes} of the cache", f"{tuple(x.shape)}", advice)
+        same = check.dtype_name(x) == str(held.dtype)
+        if not same and jnp.dtype(check.dtype_name(x)).itemsize <= held.dtype.itemsize:
             advice = "Give `dtype` to init_cache."
             requirement = f"have the dtype of the cache, {held.dtype}, or a wider one"
-            _check.fail(name, requirement, _check.dtype_name(x), advice, TypeError)
+            check.fail(name, requirement, check.dtype_name(x), advice, TypeError)
     if key.shape[1] != value.shape[1]:
-        _check.agree(("key", "value"), "length", (key, value), "Pass both of the same tokens.")
+        check.agree(("key", "value"), "length", (key, value), "Pass both of the same tokens.")
     return key.shape[1]
 
 
@@ -491,21 +489,21 @@ def _check_lengths(cache: KVCache, lengths: ArrayLike | None, new: int) -> Array
     """The new tokens of each sequence, int32, within 0 .. new also where they cannot be seen."""
     if lengths is None:
         return jnp.full_like(cache.lengths, new)
-    _check.integer("lengths", lengths)
+    check.integer("lengths", lengths)
     shape = cache.lengths.shape
-    _check.shape_is("lengths", lengths, [shape], f"(batch,) = {shape}", "One per sequence.")
-    _check.lengths_within("lengths", lengths, new)
+    check.shape_is("lengths", lengths, [shape], f"(batch,) = {shape}", "One per sequence.")
+    check.lengths_within("lengths", lengths, new)
     return jnp.clip(jnp.asarray(lengths).astype(jnp.int32), 0, new)
 
 
 def _check_room(cache: KVCache, counts: Array) -> None:
     """That the cache holds the new tokens, where the lengths can be seen."""
-    before, added = _check.concrete(cache.lengths), _check.concrete(counts)
+    before, added = check.concrete(cache.lengths), check.concrete(counts)
     if cache.is_ring or before is None or added is None:
         return
     worst = int(np.argmax(before + added))
     if before[worst] + added[worst] > cache.capacity:
-        _check.fail(
+        check.fail(
             "cache",
             f"have room for the new tokens, {cache.capacity} in all",
             f"{added[worst]} new ones after {before[worst]} in sequence {worst}",

@@ -24,10 +24,10 @@ from typing import Any
 
 from jaxtyping import Array
 
-from flash_attention_jax import _check
-from flash_attention_jax._attention_fn import Similarity, attention_fn, make_attention_fn
-from flash_attention_jax._layer import AttentionLayer, Initializer, no_cache
-from flash_attention_jax._optional import needs
+from flash_attention_jax._core import check
+from flash_attention_jax._core.optional import needs
+from flash_attention_jax._flax.attention_fn import Similarity, attention_fn, make_attention_fn
+from flash_attention_jax._flax.layer import AttentionLayer, Initializer, no_cache
 from flash_attention_jax.cache import KVCache
 
 with needs("flash_attention_jax.linen", "flax", extra="flax"):
@@ -90,7 +90,7 @@ class Attention(AttentionLayer, nn.Module):
             advice = (
                 'Pass mutable="cache" to apply, and the cache that it returns to the next call.'
             )
-            _check.fail("mutable", 'hold "cache" where decode=True', "a cache to read", advice)
+            check.fail("mutable", 'hold "cache" where decode=True', "a cache to read", advice)
         return cache
 
     def _write_cache(self, cache: KVCache) -> None:

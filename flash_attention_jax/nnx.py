@@ -25,9 +25,9 @@ from typing import Any
 
 from jaxtyping import Array
 
-from flash_attention_jax._attention_fn import Similarity, attention_fn, make_attention_fn
-from flash_attention_jax._layer import AttentionLayer, Initializer, no_cache
-from flash_attention_jax._optional import needs
+from flash_attention_jax._core.optional import needs
+from flash_attention_jax._flax.attention_fn import Similarity, attention_fn, make_attention_fn
+from flash_attention_jax._flax.layer import AttentionLayer, Initializer, no_cache
 from flash_attention_jax.cache import KVCache
 
 with needs("flash_attention_jax.nnx", "flax", extra="flax"):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from flash_attention_jax import _check
-from flash_attention_jax._types import ArrayLike
+from flash_attention_jax._core import check
+from flash_attention_jax._core.types import ArrayLike
 
 __all__ = ["apply_rotary"]
 
@@ -173,12 +173,12 @@ def _turns(where: Int[Array, "*n"], frequencies: np.ndarray) -> Int[Array, "*n h
 
 def _check_x(x: ArrayLike, layout: str) -> Array:
     """Reads `x` as an array and checks dtype and rank against the layout."""
-    _check.choice("layout", layout, ("heads_first", "heads_last"))
-    _check.floating("x", x)
+    check.choice("layout", layout, ("heads_first", "heads_last"))
+    check.floating("x", x)
     rank, axes = (2, "(..., n, d)") if layout == "heads_first" else (3, "(..., n, h, d)")
     if x.ndim < rank:
         requirement = f"have at least {rank} axes {axes} with layout={layout!r}"
-        _check.fail("x", requirement, f"shape {x.shape}", "Add the missing axes.")
+        check.fail("x", requirement, f"shape {x.shape}", "Add the missing axes.")
     return jnp.asarray(x)
 
 
@@ -187,22 +187,22 @@ def _check_dim(dim: int | None, x: Array) -> int:
     if dim is None:
         if x.shape[-1] % 2 or not x.shape[-1]:
             advice = "Give `dim`, an even number of features to rotate."
-            _check.fail("x", "have an even last axis", f"shape {x.shape}", advice)
+            check.fail("x", "have an even last axis", f"shape {x.shape}", advice)
         return x.shape[-1]
-    dim = _check.whole("dim", dim, least=2)
+    dim = check.whole("dim", dim, least=2)
     if dim % 2 or dim > x.shape[-1]:
         got = f"{dim} with `x` {x.shape}"
         advice = "Choose how many of the first features to rotate."
-        _check.fail("dim", "be even and at most the last axis of `x`", got, advice)
+        check.fail("dim", "be even and at most the last axis of `x`", got, advice)
     return dim
 
 
 def _check_positive(name: str, value: float) -> float:
     """A static positive number."""
-    number = _check.number(name, value)
+    number = check.number(name, value)
     if number <= 0:
         default = 10000.0 if name == "base" else 1.0
-        _check.fail(name, "be positive", repr(value), f"The default is {default}.")
+        check.fail(name, "be positive", repr(value), f"The default is {default}.")
     return number
 
 
@@ -210,18 +210,18 @@ def _check_offset(offset: int | np.integer | ArrayLike, x: Array, length_axis: i
     """`offset` as an integer array of shape () or (b,)."""
     if isinstance(offset, int) and not isinstance(offset, bool):
         if not -(2**31) <= offset < 2**31:
-            _check.fail("offset", "fit into 32 bits", repr(offset), "Count from a later token.")
+            check.fail("offset", "fit into 32 bits", repr(offset), "Count from a later token.")
         return jnp.asarray(offset, jnp.int32)
     if not _is_number(offset, jnp.integer):
         advice = "Fractional positions go in `positions`."
-        got = _check.shown(offset)
-        _check.fail("offset", "be an integer or an integer array", got, advice, TypeError)
+        got = check.shown(offset)
+        check.fail("offset", "be an integer or an integer array", got, advice, TypeError)
     offset = jnp.asarray(offset)
     batched = length_axis > 0
     if offset.ndim and not (batched and offset.shape == x.shape[:1]):
         allowed = f"() or ({x.shape[0]},)" if batched else "()"
         advice = "Pass one offset, or one for each row of the batch (the first axis of `x`)."
-        _check.fail("offset", f"have shape {allowed} with `x` {x.shape}", str(offset.shape), advice)
+        check.fail("offset", f"have shape {allowed} with `x` {x.shape}", str(offset.shape), advice)
     return offset
 
 
@@ -235,12 +235,12 @@ def _check_positions(
     advice = "Pass one position for each token."
     floating = _is_number(positions, jnp.floating)
     if not (_is_number(positions, jnp.integer) or floating):
-        got = _check.shown(positions)
-        _check.fail("positions", "be an integer or floating array", got, advice, TypeError)
+        got = check.shown(positions)
+        check.fail("positions", "be an integer or floating array", got, advice, TypeError)
     shapes = [(length,)] + ([(x.shape[0], length)] if length_axis > 0 else [])
     if positions.shape not in shapes:
         requirement = f"have shape {' or '.join(map(str, shapes))} with `x` {x.shape}"
-        _check.fail("positions", requirement, str(positions.shape), advice)
+        check.fail("positions", requirement, str(positions.shape), advice)
     if not floating:
         return jnp.asarray(positions), None
     # A NumPy array is split by NumPy: its float64 would become float32 on its way into JAX.

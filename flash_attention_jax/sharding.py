@@ -22,13 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flash_attention_jax import _check, _context, _local, _parts, _read
-from flash_attention_jax._call import DIFFERENTIABLE, ROLES, Arrays, Call
-from flash_attention_jax._context import Plan
-from flash_attention_jax._front import check_implementation, check_names
-from flash_attention_jax._order import shard_positions, unzigzag, zigzag
-from flash_attention_jax._read import Options
-from flash_attention_jax._types import ArrayLike
+from flash_attention_jax._api import read
+from flash_attention_jax._api.options import JAX_NAMES, Options
+from flash_attention_jax._api.run import check_implementation, check_names
+from flash_attention_jax._core import check
+from flash_attention_jax._core.call import DIFFERENTIABLE, ROLES, Arrays, Call, roles
+from flash_attention_jax._core.types import ArrayLike
+from flash_attention_jax._parallel import context
+from flash_attention_jax._parallel.context import Plan
+from flash_attention_jax._parallel.local import axis_size, read_local
+from flash_attention_jax._parallel.order import shard_positions, unzigzag, zigzag
 
 __all__ = [
     "Placement",
@@ -56,19 +59,18 @@ OWN = ("similarity", "groups", "l2norm_qk", "layout")
 
 
 def _fixed(function: str, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks the names; what `_read.read` takes as options, and what as arguments of its own."""
+    """Checks the names; what `read` takes as options, and what as arguments of its own."""
     own = {name: options[name] for name in OWN if name in options}
     rest = {name: x for name, x in options.items() if name not in OWN}
     check_names(function, rest, {})
     check_implementation(rest.get("implementation"))
-    _check.flag("return_lse", rest.get("return_lse", False))
+    check.flag("return_lse", rest.get("return_lse", False))
     layout, similarity = own.get("layout", "heads_first"), own.get("similarity", "dot")
-    _check.choice("layout", layout, ("heads_first", "heads_last"))
-    _check.choice("similarity", similarity, ("dot", "cosine"))
+    check.choice("layout", layout, ("heads_first", "heads_last"))
+    check.choice("similarity", similarity, ("dot", "cosine"))
     return rest, {
         "layout": layout,
         "similarity": similarity,
-        "default_scale": 10.0 if similarity == "cosine" else None,
         "groups": own.get("groups", 1),
         "l2norm": own.get("l2norm_qk", True),
     }
@@ -86,15 +88,15 @@ def _inside(
 ) -> Any:
     """Runs a function inside `shard_map`."""
     rest, fixed = _fixed(function, options)
-    sizes = [_local.axis_size("axis_name", axis) for axis in axes]
+    sizes = [axis_size("axis_name", axis) for axis in axes]
     for name, axis in (("batch_axis", batch_axis), ("head_axis", head_axis)):
         if axis is not None:
-            _local.axis_size(name, axis)
-    local = _local.read(*arrays, rest, sizes[0], **fixed)
-    _context.check_order(order, local.call, sizes[0])
-    chosen = _context.plan(local.call, (sizes[0], 0), way, order)
-    found = _context.with_origin(local.call, local.arrays, batch_axis, head_axis)
-    out, lse = _context.attend(local.call, found, chosen, axes, rest.get("implementation"))
+            axis_size(name, axis)
+    local = read_local(*arrays, rest, sizes[0], **fixed)
+    context.check_order(order, local.call, sizes[0])
+    chosen = context.plan(local.call, (sizes[0], 0), way, order)
+    found = context.with_origin(local.call, local.arrays, batch_axis, head_axis)
+    out, lse = context.attend(local.call, found, chosen, axes, rest.get("implementation"))
     out, lse = out.reshape(local.out_shape), lse.reshape(local.lse_shape)
     return (out, lse) if rest.get("return_lse", False) else out
 
@@ -267,11 +269,11 @@ def _sizes(mesh: Any) -> Mapping[str, int]:
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.shape:
             advice = "Pass one, or call inside jax.set_mesh(mesh)."
-            _check.fail("mesh", "be a jax.sharding.Mesh", "None, and none is set", advice)
+            check.fail("mesh", "be a jax.sharding.Mesh", "None, and none is set", advice)
     shape = getattr(mesh, "shape", None)
     if not isinstance(shape, Mapping):
         advice = "jax.make_mesh makes one."
-        _check.fail("mesh", "be a jax.sharding.Mesh", _check.shown(mesh), advice, TypeError)
+        check.fail("mesh", "be a jax.sharding.Mesh", check.shown(mesh), advice, TypeError)
     return shape
 
 
@@ -282,18 +284,18 @@ def _axes(
     length = (length_axis,) if isinstance(length_axis, str) else length_axis
     if not isinstance(length, tuple) or len(length) not in (1, 2):
         advice = "Pass 'context', say, or ('ring', 'heads')."
-        got = _check.shown(length_axis)
-        _check.fail("length_axis", "be one mesh axis or two", got, advice, TypeError)
+        got = check.shown(length_axis)
+        check.fail("length_axis", "be one mesh axis or two", got, advice, TypeError)
     named = [("length_axis", axis) for axis in length]
     named += [(n, a) for n, a in (("batch_axis", batch_axis), ("head_axis", head_axis)) if a]
     for name, axis in named:
         if axis not in sizes:
             advice = "Name one of its axes."
-            _check.fail(name, f"be an axis of the mesh {dict(sizes)}", repr(axis), advice)
+            check.fail(name, f"be an axis of the mesh {dict(sizes)}", repr(axis), advice)
     taken = [axis for _, axis in named]
     if len(set(taken)) < len(taken):
         got, advice = ", ".join(map(repr, taken)), "An axis cuts one thing."
-        _check.fail("length_axis`, `batch_axis` and `head_axis", "differ", got, advice)
+        check.fail("length_axis`, `batch_axis` and `head_axis", "differ", got, advice)
     return length
 
 
@@ -305,13 +307,13 @@ def _prepared(
     axes: tuple[Any, Any, Any],
     context_parallel: str,
     order: str,
-) -> tuple[_read.Reading, Call, Plan, tuple[str, ...]]:
+) -> tuple[read.Reading, Call, Plan, tuple[str, ...]]:
     """Reads a call on whole arrays: what was read, one device's record of the whole, the plan."""
     rest, fixed = _fixed(function, options)
-    _check.choice("context_parallel", context_parallel, _context.WAYS)
+    check.choice("context_parallel", context_parallel, context.WAYS)
     sizes = _sizes(mesh)
     length, batch_axis, head_axis = _axes(sizes, *axes), axes[1], axes[2]
-    reading = _read.read(*arrays, rest, **fixed)
+    reading = read.read(*arrays, rest, **fixed)
     call = reading.call
     shares = {"batch": batch_axis, "heads": head_axis, "kv_heads": head_axis}
     for field, axis in shares.items():
@@ -320,9 +322,9 @@ def _prepared(
             what = {"batch": "batch", "heads": "heads of q", "kv_heads": "heads of k"}[field]
             got = f"{count} over {sizes[axis]} devices of {axis!r}"
             name = "head_axis" if axis == head_axis else "batch_axis"
-            _check.fail(name, f"divide the {what}", got, "Use a smaller axis, or None.")
+            check.fail(name, f"divide the {what}", got, "Use a smaller axis, or None.")
     devices = [sizes[axis] for axis in length]
-    _context.check_order(order, call, devices[0])
+    context.check_order(order, call, devices[0])
     own = {
         field: getattr(call, field) // (sizes[axis] if axis else 1)
         for field, axis in shares.items()
@@ -331,7 +333,7 @@ def _prepared(
     lengths = {name: -(-getattr(call, name) // multiple) * multiple for name in ("q_len", "k_len")}
     one = dataclasses.replace(call, **own, **lengths)
     pair = (devices[0], devices[1]) if len(devices) == 2 else (devices[0], 0)
-    return reading, one, _context.plan(one, pair, context_parallel, order), length
+    return reading, one, context.plan(one, pair, context_parallel, order), length
 
 
 def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
@@ -339,12 +341,9 @@ def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
     places = dict(cut)
     if name in ("mask", "bias"):
         places.pop("j")
-    roles = _parts.roles(call.layout, name)
+    axes = zip(roles(call.layout, name), x.shape, strict=True)
     return PartitionSpec(
-        *(
-            places.get(r) if n != 1 or name in ROLES else None
-            for r, n in zip(roles, x.shape, strict=True)
-        )
+        *(places.get(letter) if size != 1 or name in ROLES else None for letter, size in axes)
     )
 
 
@@ -419,19 +418,19 @@ def context_parallel_attention(
     multiple = math.prod(sizes[axis] for axis in length)
     place = _resharding(mesh)
     entered = {name: _entered(name, x, place) for name, x in reading.given.items()}
-    given = _read.arrays(reading.call, entered)
-    call, given = _context.padded(reading.call, given, multiple)
+    given = read.arrays(reading.call, entered)
+    call, given = context.padded(reading.call, given, multiple)
     whole = {name: x for name, x in given._asdict().items() if x is not None}
     over = length if len(length) == 2 else length[0]
     cut = {"b": batch_axis, "n": head_axis, "k": head_axis, "i": over, "j": over}
     one = dataclasses.replace(one, terms=call.terms)
 
     def attend(whole: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        arrays = _context.with_origin(one, Arrays(**whole), batch_axis, head_axis)
-        return _context.attend(one, arrays, chosen, length, options.get("implementation"))
+        arrays = context.with_origin(one, Arrays(**whole), batch_axis, head_axis)
+        return context.attend(one, arrays, chosen, length, options.get("implementation"))
 
     results = {
-        name: jax.ShapeDtypeStruct(call.shape(_parts.roles(call.layout, name)), call.dtype)
+        name: jax.ShapeDtypeStruct(call.shape(roles(call.layout, name)), call.dtype)
         for name in ("out", "lse")
     }
     in_specs = {name: _spec(name, x, call, cut) for name, x in whole.items()}
@@ -446,7 +445,7 @@ def context_parallel_attention(
     # Where nothing moves, a cotangent that knows no mesh is brought into place by this.
     out, lse = (place(x, _spec(name, x, call, cut)) for name, x in (("out", out), ("lse", lse)))
     if padded:
-        at = _parts.roles(call.layout, "out").index("i")
+        at = roles(call.layout, "out").index("i")
         out, lse = (x[(slice(None),) * at + (slice(reading.call.q_len),)] for x in (out, lse))
     out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
     return (out, lse) if options.get("return_lse", False) else out
@@ -552,7 +551,7 @@ class Placement:
         Returns:
             (batch, length, heads, dim).
         """
-        ours = {theirs: name for name, theirs in _read.JAX_NAMES.items()}
+        ours = {theirs: name for name, theirs in JAX_NAMES.items()}
         named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
         axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return context_parallel_attention(query, key, value, layout="heads_last", **axes, **named)

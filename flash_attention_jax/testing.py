@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import jax
 
-from flash_attention_jax._claims import CLAIMS, Claim
-from flash_attention_jax._subject import Failure, NotOffered, Subject
+from flash_attention_jax._conformance.claims import CLAIMS, Claim
+from flash_attention_jax._conformance.subject import Failure, NotOffered, Subject
 
 __all__ = ["CLAIMS", "Claim", "Failure", "NotOffered", "Report", "Subject", "check", "conformance"]
 

@@ -22,12 +22,13 @@ from typing import Any, TypeAlias
 from jaxtyping import Bool, Float, Num
 
 import flash_attention_jax
-from flash_attention_jax import _check, _front
-from flash_attention_jax._optional import needs
-from flash_attention_jax._torch_bridge import jax2torch
-from flash_attention_jax._torch_modules import Attention, CosineSimAttention
-from flash_attention_jax._torch_options import autocast, floating, kept, seeded
-from flash_attention_jax._torch_read import check_dense
+from flash_attention_jax._api import run
+from flash_attention_jax._core import check
+from flash_attention_jax._core.optional import needs
+from flash_attention_jax._torch.bridge import jax2torch
+from flash_attention_jax._torch.modules import Attention, CosineSimAttention
+from flash_attention_jax._torch.options import autocast, floating, kept, seeded
+from flash_attention_jax._torch.read import check_dense
 
 with needs("flash_attention_jax.torch", "torch", extra="torch"):
     import torch
@@ -216,8 +217,8 @@ def memory_efficient_attention(
         Rabe & Staats 2021, "Self-attention Does Not Need O(n^2) Memory", arXiv:2112.05682.
     """
     del eps
-    rate = _check.rate("dropout", dropout)
-    if _check.flag("training", training) and rate:
+    rate = check.rate("dropout", dropout)
+    if check.flag("training", training) and rate:
         options = {"dropout_rate": rate, **options}
     q, k, v = floating(q, k, v)
     return _memory_efficient_attention(
@@ -284,14 +285,14 @@ def scaled_dot_product_attention(
     _check_tensors(query, key, value, attn_mask)
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     _check_dtypes(query, key, value)
-    rate = _check.number("dropout_p", dropout_p)
+    rate = check.number("dropout_p", dropout_p)
     if not 0 <= rate <= 1:
         advice = "It is the share of probabilities that are dropped."
-        _check.fail("dropout_p", "be in [0, 1]", repr(dropout_p), advice)
-    if _check.flag("is_causal", is_causal) and attn_mask is not None:
+        check.fail("dropout_p", "be in [0, 1]", repr(dropout_p), advice)
+    if check.flag("is_causal", is_causal) and attn_mask is not None:
         got, advice = "both", "Put the causal part into the mask: mask & torch.tril(...)."
-        _check.fail("attn_mask", "be None with is_causal=True", got, advice)
-    shared = _check.flag("enable_gqa", enable_gqa)
+        check.fail("attn_mask", "be None with is_causal=True", got, advice)
+    shared = check.flag("enable_gqa", enable_gqa)
     if shared:
         key, value = _same_heads(query, key, value)
     lead, key_lead = _leads(query, key, value, shared)
@@ -299,7 +300,7 @@ def scaled_dot_product_attention(
     options: dict[str, Any] = {}
     if scale is not None:
         is_tensor = isinstance(scale, torch.Tensor)
-        options["scale"] = _check.number("scale", scale.item() if is_tensor else scale)
+        options["scale"] = check.number("scale", scale.item() if is_tensor else scale)
     out = _scaled_dot_product_attention(
         _heads_first(query, lead),
         _heads_first(key, key_lead),
@@ -381,7 +382,7 @@ def _start_aligned(
         options |= {"causal": True, "q_offset": 0}
     mask = options.pop("mask", None)
     function = "scaled_dot_product_attention"
-    return _front.run(function, query, key, value, mask, options, names=TORCH_NAMES)
+    return run.run(function, query, key, value, mask, options, names=TORCH_NAMES)
 
 
 _scaled_dot_product_attention = jax2torch(_start_aligned)
@@ -396,18 +397,18 @@ def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
             continue
         if not isinstance(x, torch.Tensor):
             got = type(x).__name__
-            _check.fail(name, "be a tensor", got, "Wrap it in torch.as_tensor.", TypeError)
+            check.fail(name, "be a tensor", got, "Wrap it in torch.as_tensor.", TypeError)
         check_dense(lambda name=name: name, x)
         if x.dim() < 2:
             got = f"shape {tuple(x.shape)}"
             last = "queries and keys" if name == "attn_mask" else "length and dimension"
-            _check.fail(name, "have at least 2 axes", got, f"Its last two are {last}.")
+            check.fail(name, "have at least 2 axes", got, f"Its last two are {last}.")
     if query.shape[-1] != key.shape[-1]:
         advice = "Project them to the same."
-        _check.agree(("query", "key"), "the dimension (last axis)", (query, key), advice)
+        check.agree(("query", "key"), "the dimension (last axis)", (query, key), advice)
     if key.shape[-2] != value.shape[-2]:
         advice = "Only the dimension may differ."
-        _check.agree(("key", "value"), "length (last axis but one)", (key, value), advice)
+        check.agree(("key", "value"), "length (last axis but one)", (key, value), advice)
 
 
 def _check_dtypes(query: Any, key: Any, value: Any) -> None:
@@ -417,7 +418,7 @@ def _check_dtypes(query: Any, key: Any, value: Any) -> None:
         names = ("query", "key", "value")
         got = ", ".join(f"{name} {dtype}" for name, dtype in zip(names, dtypes, strict=True))
         requirement, advice = "share one dtype", "Cast them to the same."
-        _check.fail("query`, `key` and `value", requirement, got, advice, TypeError)
+        check.fail("query`, `key` and `value", requirement, got, advice, TypeError)
 
 
 def _same_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -425,11 +426,11 @@ def _same_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 3:
             got = f"shape {tuple(x.shape)}"
-            _check.fail(name, "have heads, (..., h, n, d), with enable_gqa", got, "Reshape it.")
+            check.fail(name, "have heads, (..., h, n, d), with enable_gqa", got, "Reshape it.")
         if x.shape[-3] == 0 or query.shape[-3] % x.shape[-3]:
             got = f"{x.shape[-3]} heads beside {query.shape[-3]}"
             advice = "Query head n reads key head n // (heads // key heads)."
-            _check.fail(name, "have heads that divide those of `query`", got, advice)
+            check.fail(name, "have heads that divide those of `query`", got, advice)
     if key.shape[-3] == value.shape[-3]:
         return key, value
     heads = query.shape[-3]
@@ -468,8 +469,8 @@ def _mask_heads_first(mask: Any, dtype: Any, shape: Shape) -> Any:
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         requirement = f"be boolean, or of query's dtype {dtype} or float32"
         got, advice = str(mask.dtype), "Pass attn_mask != 0: True where a query may attend."
-        _check.fail("attn_mask", requirement, got, advice, TypeError)
-    _check.broadcasts("attn_mask", mask, shape, "(..., i, j)", "Expand or reshape it.")
+        check.fail("attn_mask", requirement, got, advice, TypeError)
+    check.broadcasts("attn_mask", mask, shape, "(..., i, j)", "Expand or reshape it.")
     mask = mask.reshape((1,) * (len(shape) - mask.dim()) + tuple(mask.shape))
     lead = tuple(mask.shape[:-2])
     if math.prod(lead[:-1]) != 1:  # not one for the whole batch

@@ -25,11 +25,12 @@ import jax
 from jaxtyping import PyTree
 
 import flash_attention_jax
-from flash_attention_jax import _curves
-from flash_attention_jax._fleet import Fleet, join_processes, make_mesh, parse_mesh
-from flash_attention_jax._loop import Config, evaluate, fit, fit_alone, sample
-from flash_attention_jax._saving import writing
-from flash_attention_jax.compare import Parser, UsageError, check_main
+from flash_attention_jax._commands.check import check_main
+from flash_attention_jax._commands.line import Parser, UsageError
+from flash_attention_jax._training import curves
+from flash_attention_jax._training.fleet import Fleet, join_processes, make_mesh, parse_mesh
+from flash_attention_jax._training.loop import Config, evaluate, fit, fit_alone, sample
+from flash_attention_jax._training.saving import writing
 from flash_attention_jax.data import InputError, Text, byte_entropy, load_text, replacing
 
 __all__ = ["Config", "demo_main", "evaluate", "fit", "train_main"]
@@ -195,7 +196,7 @@ def _train_alone(command: str, args: argparse.Namespace, argv: Sequence[str], fl
     if not fleet.first:
         return 0 if state["step"] == config.steps else INTERRUPTED
     with contextlib.suppress(KeyboardInterrupt):
-        _curves.draw(args.out, f"attention by {config.similarity}, {config.attention}")
+        curves.draw(args.out, f"attention by {config.similarity}, {config.attention}")
         if state["step"] == config.steps:
             _report(config, text, state["params"], args.out)
             return 0

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from flash_attention_jax import _check
-from flash_attention_jax._layer import no_cache
-from flash_attention_jax._optional import needs
+from flash_attention_jax._core import check
+from flash_attention_jax._core.optional import needs
+from flash_attention_jax._flax.layer import no_cache
 
 with needs("flash_attention_jax.transformer", "flax", extra="train"):
     from flax import linen as nn
@@ -50,7 +50,7 @@ class _Generates:
         room = self._room()
         if room is not None and length > room:
             advice = "That is how many positions there are: build a model with more."
-            _check.fail("length", f"be at most max_seq_len={room}", str(length), advice)
+            check.fail("length", f"be at most max_seq_len={room}", str(length), advice)
         # Without a parent, because a model may be asked inside another.
         attention = Attention(**self._attention(), parent=None)
         layers: dict[str, Any] = {
@@ -285,7 +285,7 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
         if tokens.shape[1] > self.max_seq_len:
             requirement = f"have at most max_seq_len={self.max_seq_len} tokens in a sequence"
             advice = "Cut them, or build a model with more positions."
-            _check.fail("tokens", requirement, f"shape {tuple(tokens.shape)}", advice)
+            check.fail("tokens", requirement, f"shape {tuple(tokens.shape)}", advice)
         norm = functools.partial(nn.LayerNorm, dtype=jnp.float32, param_dtype=jnp.float32)
 
         def attend(x: Array, layer: int) -> Array:
@@ -351,7 +351,7 @@ class CosineSimCausalTransformer(_Generates, nn.Module):
             TypeError: as `generate` does.
             ValueError: as `generate` does.
         """
-        _check.rate("filter_thres", filter_thres)
+        check.rate("filter_thres", filter_thres)
         options.setdefault("top_k", max(1, int((1 - filter_thres) * self.num_tokens)))
         return generate(self, params, prompt, length, key=key, **options)
 
@@ -422,14 +422,14 @@ def _feed_forward(
 
 def _check_tokens(name: str, tokens: Any, lengths: Any, num_tokens: int | None) -> None:
     """That the real tokens are integers in [0, num_tokens), where their values can be seen."""
-    _check.integer(name, tokens)
-    _check.rank(name, tokens, (2,), "(batch, length)")
+    check.integer(name, tokens)
+    check.rank(name, tokens, (2,), "(batch, length)")
     if lengths is not None:
-        _check.integer("lengths", lengths)
+        check.integer("lengths", lengths)
         shape, advice = (tokens.shape[0],), "Pass one length per sequence."
-        _check.shape_is("lengths", lengths, {shape}, f"(batch,) = {shape}", advice)
-    values = _check.concrete(tokens)
-    known = None if lengths is None else _check.concrete(lengths)
+        check.shape_is("lengths", lengths, {shape}, f"(batch,) = {shape}", advice)
+    values = check.concrete(tokens)
+    known = None if lengths is None else check.concrete(lengths)
     if values is None or (lengths is not None and known is None):
         return
     if known is not None:
@@ -438,12 +438,12 @@ def _check_tokens(name: str, tokens: Any, lengths: Any, num_tokens: int | None) 
         return
     low, high = int(values.min()), int(values.max())
     if num_tokens is None:
-        _check.fits_int32(name, values, "Look at the tokenizer.")
+        check.fits_int32(name, values, "Look at the tokenizer.")
     if low < 0 or (num_tokens is not None and high >= num_tokens):
         least = "hold tokens of at least 0" if num_tokens is None else ""
         requirement = least or f"hold tokens in [0, num_tokens={num_tokens})"
         advice = "Look at the tokenizer, or mark what pads a sequence by `lengths`."
-        _check.fail(name, requirement, str(low if low < 0 else high), advice)
+        check.fail(name, requirement, str(low if low < 0 else high), advice)
 
 
 def _read_tokens(tokens: Array | np.ndarray, lengths: Any, num_tokens: int) -> Array:
@@ -541,7 +541,7 @@ def generate(
         section 3.1 (top_p).
     """
     num_tokens = getattr(model, "num_tokens", None)
-    _check.integer("prompt", prompt)
+    check.integer("prompt", prompt)
     if len(prompt.shape) != 2 or not prompt.shape[1]:
         raise ValueError(
             f"`prompt` must have shape (batch, n) with n at least 1, got {tuple(prompt.shape)}. "
@@ -553,17 +553,17 @@ def generate(
     _check_key(key)
     for name, value, least in (("length", length, 1), ("window", window, 1), ("top_k", top_k, 1)):
         if value is not None:
-            _check.whole(name, value, least=least, advice="Pass more.")
+            check.whole(name, value, least=least, advice="Pass more.")
     temperature, top_p = _scalar(temperature), _scalar(top_p)
-    if not _check.number("temperature", temperature) >= 0.0:
+    if not check.number("temperature", temperature) >= 0.0:
         raise ValueError(f"`temperature` must not be negative, got {temperature}. Pass 0 or more.")
-    if top_p is not None and not 0.0 < _check.number("top_p", top_p) <= 1.0:
-        _check.fail("top_p", "be in (0, 1]", str(top_p), "None draws among all tokens.")
+    if top_p is not None and not 0.0 < check.number("top_p", top_p) <= 1.0:
+        check.fail("top_p", "be in (0, 1]", str(top_p), "None draws among all tokens.")
     if stop_token is not None:
-        _check.whole("stop_token", stop_token, least=0, advice="Use None for none.")
+        check.whole("stop_token", stop_token, least=0, advice="Use None for none.")
         if num_tokens is not None and stop_token >= num_tokens:
             advice = "It would never be drawn: use None for none."
-            _check.fail("stop_token", f"be under num_tokens={num_tokens}", str(stop_token), advice)
+            check.fail("stop_token", f"be under num_tokens={num_tokens}", str(stop_token), advice)
     whole = prompt.shape[1] + length
     room = getattr(model, "max_seq_len", None)
     bounds = [size for size in (window, room) if size is not None and size < whole]
@@ -579,39 +579,39 @@ def generate(
         None if top_p is None else jnp.float32(top_p),
         None if stop_token is None else jnp.int32(stop_token),
     )
-    steps = _check.concrete(failed)
+    steps = check.concrete(failed)
     if steps is not None and (steps < length).any():
         row = int(np.argmin(steps))
         advice = "Look for NaN in `params`, and for logits that are -inf for every token."
         got = f"NaN, or no token to draw, at drawn token {steps[row]} of sequence {row}"
-        _check.fail("model", "give logits that can be drawn from", got, advice)
+        check.fail("model", "give logits that can be drawn from", got, advice)
     return tokens
 
 
 def _check_lengths(lengths: Any, batch: int, longest: int) -> Array:
     """How many tokens of each prompt are real, int32, within 1 .. longest also under a trace."""
-    _check.integer("lengths", lengths)
-    _check.shape_is("lengths", lengths, [(batch,)], f"(batch,) = {(batch,)}", "One per prompt.")
-    values = _check.concrete(lengths)
+    check.integer("lengths", lengths)
+    check.shape_is("lengths", lengths, [(batch,)], f"(batch,) = {(batch,)}", "One per prompt.")
+    values = check.concrete(lengths)
     if values is not None and values.size and (values.min() < 1 or values.max() > longest):
         worst = int(values.min() if values.min() < 1 else values.max())
         requirement = f"be within 1 and the prompt's length {longest}"
-        _check.fail("lengths", requirement, str(worst), "Every prompt needs a token to go on from.")
+        check.fail("lengths", requirement, str(worst), "Every prompt needs a token to go on from.")
     return jnp.clip(jnp.asarray(lengths), 1, longest).astype(jnp.int32)
 
 
 def _check_key(key: Any) -> None:
     """That it is one JAX random key."""
     advice = "Pass jax.random.key(seed)."
-    _check.array("key", key, advice)
+    check.array("key", key, advice)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     if not typed and not (key.dtype == jnp.uint32 and tuple(key.shape) in ((2,), (4,))):
-        _check.fail("key", "be one JAX random key", _check.shown(key), advice, TypeError)
+        check.fail("key", "be one JAX random key", check.shown(key), advice, TypeError)
 
 
 def _scalar(x: Any) -> Any:
     """The number in an array without axes, where it can be seen; anything else as it is."""
-    values = _check.concrete(x)
+    values = check.concrete(x)
     return x if values is None or values.shape else values[()]
 
 

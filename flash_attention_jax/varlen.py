@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from flash_attention_jax import _check
-from flash_attention_jax._front import run
-from flash_attention_jax._types import ArrayLike
+from flash_attention_jax._api.run import run
+from flash_attention_jax._core import check
+from flash_attention_jax._core.types import ArrayLike
 
 __all__ = ["flash_attention_varlen", "flash_attention_varlen_qkvpacked", "pad_input", "unpad_input"]
 
@@ -118,7 +118,7 @@ def flash_attention_varlen(
         Krell, Kosec, Perez, Fitzgibbon, "Efficient Sequence Packing without Cross-contamination",
         2021, arXiv:2107.02027.
     """
-    _check.choice("similarity", similarity, ("dot", "cosine"))
+    check.choice("similarity", similarity, ("dot", "cosine"))
     _check_packed(q, k, v, alone=cu_seqlens_k is None)
     same = cu_seqlens_k is None or (cu_seqlens_k is cu_seqlens_q and q.shape[0] == k.shape[0])
     _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0])
@@ -132,7 +132,7 @@ def flash_attention_varlen(
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             got = f"shapes {cu_seqlens_q.shape} and {cu_seqlens_k.shape}"
             advice = "Give an empty sequence an entry that repeats the one before it."
-            _check.fail("cu_seqlens_q` and `cu_seqlens_k", "count the same sequences", got, advice)
+            check.fail("cu_seqlens_q` and `cu_seqlens_k", "count the same sequences", got, advice)
 
     starts_q = jnp.asarray(cu_seqlens_q).astype(jnp.int32)
     starts_k = jnp.asarray(cu_seqlens_k).astype(jnp.int32)
@@ -181,7 +181,6 @@ def flash_attention_varlen(
         options,
         layout="heads_last",
         similarity=similarity,
-        default_scale=10.0 if similarity == "cosine" else None,
     )
 
 
@@ -216,10 +215,10 @@ def flash_attention_varlen_qkvpacked(
         >>> flash_attention_varlen_qkvpacked(qkv, cu_seqlens, causal=True).shape
         (5, 2, 4)
     """
-    _check.array("qkv", qkv)
+    check.array("qkv", qkv)
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         advice = "Stack the queries, keys and values on axis 1."
-        _check.fail("qkv", "have shape (total, 3, heads, dimension)", str(qkv.shape), advice)
+        check.fail("qkv", "have shape (total, 3, heads, dimension)", str(qkv.shape), advice)
     # Checked here as well, so that an error names the arguments of this function.
     _check_cu_seqlens("cu_seqlens", cu_seqlens, "qkv", qkv.shape[0])
     _check_max_seqlen("max_seqlen", max_seqlen, "cu_seqlens", cu_seqlens)
@@ -279,32 +278,32 @@ def unpad_input(
         >>> bool(jnp.array_equal(pad_input(packed, indices, batch=2, seqlen=3), x))
         True
     """
-    _check.array("hidden_states", hidden_states)
-    _check.array("attention_mask", attention_mask)
+    check.array("hidden_states", hidden_states)
+    check.array("attention_mask", attention_mask)
     if attention_mask.dtype != bool and not jnp.issubdtype(attention_mask.dtype, jnp.integer):
         requirement = "be boolean or integer (nonzero = keep)"
         got = str(attention_mask.dtype)
-        _check.fail("attention_mask", requirement, got, "Compare it with 0 first.", TypeError)
+        check.fail("attention_mask", requirement, got, "Compare it with 0 first.", TypeError)
     if attention_mask.ndim != 2 or hidden_states.shape[:2] != attention_mask.shape:
         requirement = "have the first two axes (batch, length) of `hidden_states`"
         got = f"{attention_mask.shape} with `hidden_states` {hidden_states.shape}"
-        _check.fail("attention_mask", requirement, got, "Pass one entry per token.")
+        check.fail("attention_mask", requirement, got, "Pass one entry per token.")
     batch, length = attention_mask.shape
-    mask = _check.concrete(attention_mask)
+    mask = check.concrete(attention_mask)
     if mask is None:
         if total is None:
             advice = f"Pass a static bound on the kept tokens, such as {batch * length}."
-            _check.fail("total", "be given where `attention_mask` is traced", "None", advice)
-        total, max_seqlen = _check.whole("total", total, least=0), length
+            check.fail("total", "be given where `attention_mask` is traced", "None", advice)
+        total, max_seqlen = check.whole("total", total, least=0), length
     else:
         # In NumPy: inside a jitted function even the sum of a constant would be traced.
         lengths = mask.astype(bool).sum(axis=1)
         kept, max_seqlen = int(lengths.sum()), int(lengths.max(initial=0))
-        total = kept if total is None else _check.whole("total", total, least=0)
+        total = kept if total is None else check.whole("total", total, least=0)
         if total < kept:
             requirement = f"be at least the {kept} tokens that `attention_mask` keeps"
             advice = "Pass a larger one, or None for exactly as many."
-            _check.fail("total", requirement, str(total), advice)
+            check.fail("total", requirement, str(total), advice)
 
     keep = jnp.asarray(attention_mask).astype(bool)
     lengths = keep.sum(axis=1, dtype=jnp.int32)
@@ -350,14 +349,14 @@ def pad_input(
         >>> pad_input(packed, jnp.array([0, 3], jnp.int32), batch=2, seqlen=2)[..., 0].tolist()
         [[5.0, 0.0], [0.0, 6.0]]
     """
-    _check.array("packed", packed)
-    _check.integer("indices", indices)
+    check.array("packed", packed)
+    check.integer("indices", indices)
     if packed.ndim < 1 or indices.shape != packed.shape[:1]:
         got = f"{indices.shape} with `packed` {packed.shape}"
         advice = "Pass those of `unpad_input`."
-        _check.fail("indices", "have one entry for each token of `packed`", got, advice)
-    batch = _check.whole("batch", batch, least=0)
-    seqlen = _check.whole("seqlen", seqlen, least=0)
+        check.fail("indices", "have one entry for each token of `packed`", got, advice)
+    batch = check.whole("batch", batch, least=0)
+    seqlen = check.whole("seqlen", seqlen, least=0)
     flat = jnp.zeros((batch * seqlen, *packed.shape[1:]), packed.dtype)
     flat = flat.at[jnp.asarray(indices)].set(jnp.asarray(packed), mode="drop", unique_indices=True)
     return flat.reshape(batch, seqlen, *packed.shape[1:])
@@ -375,35 +374,35 @@ def _sequence_of_token(cu_seqlens: Int[Array, " bounds"], total: int) -> Int[Arr
 def _check_packed(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, alone: bool) -> None:
     """Ranks and token counts; heads, dimensions and dtypes are checked with those of any call."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check.array(name, x)
+        check.array(name, x)
         if x.ndim != 3:
             advice = "Pack the batch into the tokens, as `unpad_input` does."
-            _check.fail(name, "have shape (tokens, heads, dimension)", str(x.shape), advice)
+            check.fail(name, "have shape (tokens, heads, dimension)", str(x.shape), advice)
     if alone and q.shape[0] != k.shape[0]:
         got = f"q {q.shape} and k {k.shape}"
         requirement = "have as many tokens as `q` without `cu_seqlens_k`"
-        _check.fail("k", requirement, got, "Pass `cu_seqlens_k`.")
+        check.fail("k", requirement, got, "Pass `cu_seqlens_k`.")
 
 
 def _check_cu_seqlens(name: str, value: ArrayLike, packed: str, total: int) -> None:
     """Dtype and shape, and the numbers where they are concrete."""
     advice = "Pass 0 and the cumulative sum of the lengths, such as [0, 3, 7]."
-    _check.integer(name, value)
+    check.integer(name, value)
     if value.ndim != 1 or not value.shape[0]:
-        _check.fail(name, "have shape (sequences + 1,)", str(value.shape), advice)
-    starts = _check.concrete(value)
+        check.fail(name, "have shape (sequences + 1,)", str(value.shape), advice)
+    starts = check.concrete(value)
     if starts is None:
         return
     starts = starts.astype(np.int64)
     if starts[0] != 0:
-        _check.fail(name, "start with 0", str(starts[0]), advice)
+        check.fail(name, "start with 0", str(starts[0]), advice)
     falls = np.flatnonzero(np.diff(starts) < 0)
     if falls.size:
         at = int(falls[0]) + 1
-        _check.fail(name, "not decrease", f"{starts[at]} after {starts[at - 1]}", advice)
+        check.fail(name, "not decrease", f"{starts[at]} after {starts[at - 1]}", advice)
     if isinstance(total, int) and starts[-1] > total:
         requirement = f"end within the {total} tokens of `{packed}`"
-        _check.fail(name, requirement, str(starts[-1]), advice)
+        check.fail(name, requirement, str(starts[-1]), advice)
 
 
 def _check_max_seqlen(
@@ -412,9 +411,9 @@ def _check_max_seqlen(
     """A bound on the lengths, held against them where they are concrete."""
     if value is None:
         return
-    bound = _check.whole(name, value, least=0)
-    starts = _check.concrete(cu_seqlens)
+    bound = check.whole(name, value, least=0)
+    starts = check.concrete(cu_seqlens)
     longest = 0 if starts is None else int(np.diff(starts.astype(np.int64)).max(initial=0))
     if bound < longest:
         requirement = f"be at least the longest sequence of `{starts_name}`, {longest}"
-        _check.fail(name, requirement, str(bound), f"Pass {longest}, or None.")
+        check.fail(name, requirement, str(bound), f"Pass {longest}, or None.")

@@ -2,8 +2,8 @@
 
 The folder lies at the top of the repository, beside the package, and setup.cfg maps it into the
 package; the link `flash_attention_jax/kernels` does the same for a checkout. A file is named after
-its backend (`hopper_forward.py`, `triton_forward.py`), and `_support.py` says of any call why a
-backend declines it.
+its backend (`hopper_forward.py`, `triton_forward.py`); `hopper_support.py` and `triton_support.py`
+say of any call why they decline it.
 """
 
 if __name__ != "flash_attention_jax.kernels":

@@ -26,9 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flash_attention_jax._call import ROLES, Call
+from flash_attention_jax._core.call import ROLES, Call
 from flash_attention_jax.kernels import hopper_tile as tile
-from flash_attention_jax.kernels._config import COLUMNS, ROWS, Tiles, padded
+from flash_attention_jax.kernels.hopper_config import COLUMNS, ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_pipeline import (
     Route,
     add_product,

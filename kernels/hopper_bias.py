@@ -20,10 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flash_attention_jax._call import Call
+from flash_attention_jax._core.call import Call
 from flash_attention_jax.kernels import hopper_tile as tile
-from flash_attention_jax.kernels._config import ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_backward import dropped, logit_gradient
+from flash_attention_jax.kernels.hopper_config import ROWS, Tiles, padded
 from flash_attention_jax.kernels.hopper_pipeline import (
     Route,
     launch,

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax import _masks
-from flash_attention_jax._call import Arrays, Call
-from flash_attention_jax._logits import with_sink
-from flash_attention_jax._results import finite_or_zero
+from flash_attention_jax._core import masks
+from flash_attention_jax._core.call import Arrays, Call
+from flash_attention_jax._core.logits import with_sink
+from flash_attention_jax._core.results import finite_or_zero
 from flash_attention_jax.kernels import hopper_forward
 from flash_attention_jax.kernels import operands as ops
-from flash_attention_jax.kernels._config import PROCESSORS, ROWS, tiles
-from flash_attention_jax.kernels._support import interpreter
+from flash_attention_jax.kernels.hopper_config import PROCESSORS, ROWS, tiles
+from flash_attention_jax.kernels.hopper_support import interpreter
 from flash_attention_jax.kernels.join import Sums
 
 FEWEST_KEYS = 512
@@ -127,9 +127,9 @@ def _routes(call: Call, arrays: Arrays, block_kv: int, count: int) -> ops.Operan
     steps = ops.plan(call, call.q_len, block_kv)
     blocks = steps.keys.count
     with ops.once(call, arrays, count * blocks):
-        visits = _masks.Visits.of(steps, arrays)
-        code = jnp.full((1, 1, blocks), _masks.FULL) if visits.all_full else visits.table()
+        visits = masks.Visits.of(steps, arrays)
+        code = jnp.full((1, 1, blocks), masks.FULL) if visits.all_full else visits.table()
         owner = jnp.arange(blocks) // -(-blocks // count)
         own = owner == jnp.arange(count)[:, None]
-        order, partial, last = _masks.route(jnp.where(own, code, _masks.EMPTY))
+        order, partial, last = masks.route(jnp.where(own, code, masks.EMPTY))
         return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}

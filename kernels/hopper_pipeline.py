@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flash_attention_jax._call import Call
-from flash_attention_jax.kernels._config import Tiles
+from flash_attention_jax._core.call import Call
+from flash_attention_jax.kernels.hopper_config import Tiles
 from flash_attention_jax.kernels.hopper_tile import Refs, of_batch, row_index
 from flash_attention_jax.kernels.operands import Operands
 

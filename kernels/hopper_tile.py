@@ -20,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flash_attention_jax import _dropout
-from flash_attention_jax._call import ROLES, Call
+from flash_attention_jax._core import dropout
+from flash_attention_jax._core.call import ROLES, Call
 from flash_attention_jax.kernels.operands import LOG2E
 
 Refs = dict[str, Any]
@@ -127,7 +127,7 @@ def query_vectors(
         )
         words = refs["words"][0], refs["words"][1]
         origin = [refs["origin"][n] for n in range(5)] if "origin" in refs else None
-        first, second = _dropout.row_words(words, call.heads, b, h, i + start, origin)
+        first, second = dropout.row_words(words, call.heads, b, h, i + start, origin)
         found |= {"first": first, "second": second}
     return found
 
@@ -230,4 +230,4 @@ def _in_base_2(term: Any) -> Any:
 def kept(call: Call, grid: Grid, queries: Vectors, j: Any) -> jax.Array:
     """Which probabilities dropout keeps: the bits of every other engine."""
     words = tuple(grid.spread(queries[name], grid.queries) for name in ("first", "second"))
-    return _dropout.keep(words, j, call.dropout_rate)
+    return dropout.keep(words, j, call.dropout_rate)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from flash_attention_jax._call import DIFFERENTIABLE, Arrays, Call
-from flash_attention_jax._results import (
+from flash_attention_jax._core.call import DIFFERENTIABLE, Arrays, Call
+from flash_attention_jax._core.results import (
     SAVED_LSE,
     Results,
     delta_of,
@@ -25,7 +25,7 @@ from flash_attention_jax._results import (
     saved,
     sink_shares,
 )
-from flash_attention_jax._similarity import l2norm
+from flash_attention_jax._core.similarity import l2norm
 from flash_attention_jax.kernels import operands as ops
 
 Floats = dict[str, Any]

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flash_attention_jax import _masks
-from flash_attention_jax._call import ROLES, Arrays, Call
-from flash_attention_jax._similarity import needs_running_maximum
-from flash_attention_jax._tiles import Axis, Plan, Tile
-from flash_attention_jax.kernels._config import COLUMNS
+from flash_attention_jax._core import masks
+from flash_attention_jax._core.call import ROLES, Arrays, Call
+from flash_attention_jax._core.similarity import needs_running_maximum
+from flash_attention_jax._core.tiles import Axis, Plan, Tile
+from flash_attention_jax.kernels.hopper_config import COLUMNS
 
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
@@ -39,7 +39,7 @@ def bounded(call: Call) -> bool:
 
 def masked(call: Call) -> bool:
     """Whether any pair of blocks may have to be masked, at any size of block."""
-    return _masks.masks_anything(call)
+    return masks.masks_anything(call)
 
 
 LARGEST_CONSTANT = 2**16
@@ -99,7 +99,7 @@ def queries_that_see(call: Call, arrays: Arrays) -> jax.Array | None:
     if not masks_keys_alone(call):
         return _visible(call, arrays).any(axis=3)
     with once(call, arrays, call.q_len):
-        low, high = _masks.key_ranges(call, arrays)
+        low, high = masks.key_ranges(call, arrays)
         return _unless_all(low < high)
 
 
@@ -113,7 +113,7 @@ def keys_that_are_seen(call: Call, arrays: Arrays) -> jax.Array | None:
             return seen
         return seen.reshape(-1, call.kv_heads, call.group_size, call.k_len).any(axis=2)
     with once(call, arrays, max(call.q_len, call.k_len)):
-        low, high = _masks.key_ranges(call, arrays)
+        low, high = masks.key_ranges(call, arrays)
         some = low < high
         j = jnp.arange(call.k_len, dtype=jnp.int32)
         least = jnp.where(some, low, call.k_len).min(axis=1, keepdims=True)
@@ -135,8 +135,8 @@ def masks_keys_alone(call: Call) -> bool:
 def _visible(call: Call, arrays: Arrays) -> jax.Array:
     """What a dense mask leaves visible, (B | 1, N | 1, T, S): for a reduction to fuse with."""
     tile = Tile.whole(call)
-    at = _masks.positions(call, arrays, tile, "bhrij")
-    seen = _masks.visible(call, arrays, tile, at, "bhrij")
+    at = masks.positions(call, arrays, tile, "bhrij")
+    seen = masks.visible(call, arrays, tile, at, "bhrij")
     if seen is None:
         raise RuntimeError("Nothing is masked: ask `masked` first.")
     seen = jnp.broadcast_to(seen, (*seen.shape[:3], call.q_len, call.k_len))
@@ -173,9 +173,9 @@ def terms(
     """
     found: Operands = {}
     with once(call, arrays, call.q_len):
-        low, high = _masks.key_ranges(call, arrays)
+        low, high = masks.key_ranges(call, arrays)
         # A padded query has an empty range; a key past the end lies in none.
-        if _masks.band(call)[0] is not None:
+        if masks.band(call)[0] is not None:
             found["low"] = pad_axis(low, 1, q_multiple)
         found["high"] = pad_axis(high, 1, q_multiple)
     if arrays.q_segment_ids is not None:
@@ -235,11 +235,11 @@ def routes(call: Call, arrays: Arrays, block_q: int, block_kv: int, *, over_keys
     """
     steps = plan(call, block_q, block_kv)
     with once(call, arrays, steps.queries.count * steps.keys.count):
-        visits = _masks.Visits.of(steps, arrays)
+        visits = masks.Visits.of(steps, arrays)
         if visits.all_full:
             return {}
         code = visits.table()
-        order, partial, last = _masks.route(code if over_keys else code.swapaxes(1, 2))
+        order, partial, last = masks.route(code if over_keys else code.swapaxes(1, 2))
         return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
 
 
@@ -252,13 +252,13 @@ def routes_of_batches(call: Call, arrays: Arrays, block_q: int, block_kv: int) -
     steps = plan(call, block_q, block_kv)
     batches, _, _, _ = call.shape_of("bias") or (1, 1, 1, 1)
     with once(call, arrays, steps.queries.count * steps.keys.count):
-        visits = _masks.Visits.of(steps, arrays)
+        visits = masks.Visits.of(steps, arrays)
         if visits.all_full:
             return {}
         code = visits.table()
         code = jnp.broadcast_to(code, (call.batch, *code.shape[1:])).reshape(call.batch, -1)
         code = code[:, :, None] if batches == call.batch else code.T[None]
-        order, partial, last = _masks.route(code)
+        order, partial, last = masks.route(code)
         return {"order": order, "counts": jnp.stack([partial, last], axis=-1)}
 
 

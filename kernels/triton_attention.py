@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._call import ROLES, TERM_ROLES, Arrays, Call
-from flash_attention_jax._results import Results
+from flash_attention_jax._core.call import ROLES, TERM_ROLES, Arrays, Call
+from flash_attention_jax._core.results import Results
 from flash_attention_jax.kernels import join, triton_backward, triton_forward, triton_terms
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels.join import Problem, Reference, Sums

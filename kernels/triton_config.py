@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flash_attention_jax._call import Call
+from flash_attention_jax._core.call import Call
 from flash_attention_jax.kernels import stored
 
 LARGEST_DIM = 256

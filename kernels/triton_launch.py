@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax import _dropout, _masks
-from flash_attention_jax._call import ROLES, Arrays, Call
+from flash_attention_jax._core import dropout, masks
+from flash_attention_jax._core.call import ROLES, Arrays, Call
 from flash_attention_jax.kernels import operands as ops
 from flash_attention_jax.kernels.triton_config import Tiles, input_precision, padded
 from flash_attention_jax.kernels.triton_tile import PairStrides, Spec, Strides
@@ -59,7 +59,7 @@ def spec_of(call: Call, tiles: Tiles, factor: float, given: ops.Operands) -> Spe
         running=not ops.bounded(call),
         causal=call.causal,
         precision=input_precision(call) or "ieee",
-        threshold=_dropout.threshold(rate) if rate else None,
+        threshold=dropout.threshold(rate) if rate else None,
         growth=1.0 / (1.0 - rate),
         origin="origin" in given,
         ranges=_batch_strides(given, "low", "high"),
@@ -130,7 +130,7 @@ def operands(call: Call, arrays: Arrays, tiles: Tiles, *, over_keys: bool | None
     short = call.q_len % tiles.block_q or call.k_len % tiles.block_kv
     if short or ops.masked(call):
         with ops.once(call, arrays, call.q_len):
-            found["low"], found["high"] = _masks.key_ranges(call, arrays)
+            found["low"], found["high"] = masks.key_ranges(call, arrays)
     if arrays.q_segment_ids is not None:
         found |= {"q_segments": arrays.q_segment_ids, "kv_segments": arrays.kv_segment_ids}
     if arrays.mask is not None:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from flash_attention_jax.kernels import _support, triton_config
+from flash_attention_jax.kernels import hopper_support, triton_config
 
 if TYPE_CHECKING:
-    from flash_attention_jax._call import Call
+    from flash_attention_jax._core.call import Call
 
 INSTALL = "pip install 'flash-attention-jax[cuda13]'"
 
@@ -51,7 +51,7 @@ def _wrong_call(call: Call) -> str | None:
         return f"it computes in bfloat16, float16 and float32, and this call is {call.dtype}"
     if triton_config.input_precision(call) is None:
         return f"it has no way to multiply float32 with precision {call.precision!r}"
-    return _support.out_of_reach(call)
+    return hopper_support.out_of_reach(call)
 
 
 def _wrong_software(call: Call) -> str | None:

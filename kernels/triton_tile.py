@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flash_attention_jax._dropout import GOLDEN
+from flash_attention_jax._core.dropout import GOLDEN
 
 GOLDEN_RATIO = tl.constexpr(int(GOLDEN))
 
@@ -310,7 +310,7 @@ def load_pairs(
 
 @triton.jit
 def mix(x):
-    """`_dropout.mix`, on uint32."""
+    """`_core.dropout.mix`, on uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -320,7 +320,7 @@ def mix(x):
 
 @triton.jit
 def row_words(refs, spec: tl.constexpr, b, h, i):
-    """`_dropout.row_words`, of the queries `i` of one head."""
+    """`_core.dropout.row_words`, of the queries `i` of one head."""
     heads = spec.heads
     if spec.origin:
         heads = tl.load(refs.origin)
@@ -341,7 +341,7 @@ def row_words(refs, spec: tl.constexpr, b, h, i):
 
 @triton.jit
 def kept(spec: tl.constexpr, queries, j, Q: tl.constexpr):
-    """Which probabilities dropout keeps: `_dropout.keep`."""
+    """Which probabilities dropout keeps: `_core.dropout.keep`."""
     columns = along(j.to(tl.uint32) * GOLDEN_RATIO, 1 - Q)
     bits = mix(mix(columns + along(queries.first, Q)) ^ along(queries.second, Q))
     return bits >= spec.threshold

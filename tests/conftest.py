@@ -26,24 +26,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 # Annotations are executed below the front: what arrives there has been checked, so a wrong shape is
 # a bug of the library. At the front it is the user's, and meets the library's own error.
-BELOW_THE_FRONT = [
-    "_masks",
-    "_dropout",
-    "_exponential",
-    "_logits",
-    "_online",
-    "_similarity",
-    "_tiles",
-]
-BELOW_THE_FRONT += ["_varying", "_dense", "_blocked", "_checkpointed"]
-# Triton reads the source of its kernels and would trip over a check wrapped around them.
-BELOW_THE_FRONT += [
-    f"kernels.{path.stem}"
-    for path in (Path(__file__).parents[1] / "kernels").glob("*.py")
-    if "@triton.jit" not in path.read_text()
-]
+BELOW_THE_FRONT = ("_core", "_engines", "_parallel", "kernels")
+ROOT = Path(__file__).parents[1]
 install_import_hook(
-    [f"flash_attention_jax.{name}" for name in BELOW_THE_FRONT], "beartype.beartype"
+    [
+        f"flash_attention_jax.{wing}.{path.stem}"
+        for wing in BELOW_THE_FRONT
+        for path in sorted((ROOT / "flash_attention_jax" / wing).glob("*.py"))
+        # Triton reads the source of its kernels and would trip over a check wrapped around them.
+        if "@triton.jit" not in path.read_text(encoding="utf-8")
+    ],
+    "beartype.beartype",
 )
 
 # Compiling makes single examples slow and the first one slowest, so there is no deadline.
@@ -61,10 +54,10 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test is told of numbers that other tests compiled before it."""
-    from flash_attention_jax import _compilations
+    from flash_attention_jax._api import compilations
 
-    monkeypatch.setattr(_compilations, "_values", {})
-    monkeypatch.setattr(_compilations, "_warned", set())
+    monkeypatch.setattr(compilations, "_values", {})
+    monkeypatch.setattr(compilations, "_warned", set())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flash_attention_jax import _partition, flash_attention, flash_cosine_sim_attention
+from flash_attention_jax import flash_attention, flash_cosine_sim_attention
+from flash_attention_jax._engines import partition
 from flash_attention_jax.sharding import (
     Placement,
     context_parallel_attention,
@@ -534,7 +535,7 @@ CUT_ALONG = {
 @pytest.fixture
 def warned(monkeypatch):
     """What is shown while warnings are errors, from a process that has said nothing yet."""
-    monkeypatch.setattr(_partition, "_warned", [])
+    monkeypatch.setattr(partition, "_warned", [])
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("error")
         yield shown

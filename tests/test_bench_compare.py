@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from flash_attention_jax import __main__, _bench
+from flash_attention_jax import __main__
+from flash_attention_jax._commands import bench
 
 
 def sample(peer="blocked", seconds=(1.0, 1.0, 1.1), **more):
@@ -36,7 +37,7 @@ def changed(record, **more):
 
 
 def verdicts(a, b):
-    return [change.verdict for change in _bench.changes(a, b)[0]]
+    return [change.verdict for change in bench.changes(a, b)[0]]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_other_changes_are_told(change, verdict, record):
 def test_rows_of_one_record_alone_are_not_compared(record):
     other = copy.deepcopy(record)
     other["samples"][1]["length"] = 8192
-    assert _bench.changes(record, other) == ([], 1)
+    assert bench.changes(record, other) == ([], 1)
 
 
 def test_command_prints_what_moved_and_fails_on_what_got_worse(record, tmp_path, capsys):
@@ -107,7 +108,7 @@ def test_command_prints_what_moved_and_fails_on_what_got_worse(record, tmp_path,
     ("argv", "message"),
     [
         (["--compare", "a.json"], "--compare takes two files, got 1."),
-        (["nope"], f"no suite 'nope'; there are {', '.join(_bench.SUITES)}, and --compare A B."),
+        (["nope"], f"no suite 'nope'; there are {', '.join(bench.SUITES)}, and --compare A B."),
         (["--compare", "absent.json", "absent.json"], "No such file or directory: 'absent.json'."),
     ],
     ids=str,
@@ -143,7 +144,7 @@ def test_suite_runs_from_a_clone(capsys):
 
 
 def test_suite_without_a_clone_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_bench, "__file__", str(tmp_path / "flash_attention_jax" / "_bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "flash_attention_jax" / "_bench.py"))
     assert __main__.main(["bench", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "flash_attention_jax bench: error: cpu is a program of the repository, which is not "

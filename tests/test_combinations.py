@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from flash_attention_jax import dot_product_attention, flash_attention, flash_cosine_sim_attention
-from flash_attention_jax._reference import Problem
-from flash_attention_jax._subject import QUICK, Subject
+from flash_attention_jax._conformance.reference import Problem
+from flash_attention_jax._conformance.subject import QUICK, Subject
 
 
 def _cosine(q, k, v, mask=None, *, bias=None, **options):

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import flash_attention_jax as f
-from flash_attention_jax import __main__, compare
-from flash_attention_jax.compare import Difference, Gradients, check_main
+from flash_attention_jax import __main__
+from flash_attention_jax._commands import check
+from flash_attention_jax._commands.check import check_main
+from flash_attention_jax.compare import Difference, Gradients
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"batch": 2, "heads": 2, "q_seq_len": 20, "k_seq_len": 30, "dim": 8}
@@ -185,7 +187,7 @@ def largest(cells: list[str]) -> float:
 @pytest.fixture
 def few(monkeypatch):
     """Three engines, one of which declines: every compilation costs a second."""
-    monkeypatch.setattr(compare._dispatch, "NAMES", ("triton", "blocked", "dense"))
+    monkeypatch.setattr(check._dispatch, "NAMES", ("triton", "blocked", "dense"))
 
 
 def test_check_prints_a_row_for_every_engine_and_length():
@@ -229,11 +231,11 @@ def test_check_of_other_calls(dtype, options, few, capsys):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 def test_reference_by_blocks_is_the_definition(causal, similarity, monkeypatch, rng):
-    problem = compare._Problem(11, 2, 3, 4, "float32", causal, similarity, 0)
+    problem = check._Problem(11, 2, 3, 4, "float32", causal, similarity, 0)
     arrays = problem.arrays()
-    monkeypatch.setattr(compare, "ENTRIES", 2 * 3 * 11 * 4)  # blocks of 4 queries, the last of 3
+    monkeypatch.setattr(check, "ENTRIES", 2 * 3 * 11 * 4)  # blocks of 4 queries, the last of 3
     with jax.enable_x64(False):  # as most users have it; the reference is float64 all the same
-        found = compare._reference(problem, arrays)
+        found = check._reference(problem, arrays)
     q, k, v, dout = (x.astype(np.float64) for x in arrays)
     if similarity == "cosine":
         q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
@@ -253,14 +255,14 @@ def test_reference_by_blocks_is_the_definition(causal, similarity, monkeypatch, 
 
 
 def test_check_finds_a_wrong_engine(few, monkeypatch, capsys):
-    attend = compare._Problem.attend
+    attend = check._Problem.attend
 
     def planted(self, name, **options):
         if name != "blocked":
             return attend(self, name, **options)
         return lambda q, k, v: attend(self, name, **options)(q, k, v) * 1.001
 
-    monkeypatch.setattr(compare._Problem, "attend", planted)
+    monkeypatch.setattr(check._Problem, "attend", planted)
     assert check_main(SMALL) == 1
     assert capsys.readouterr().out.splitlines()[-1] == (
         "wrong: blocked at length 20 is off by more than 10 times the error of dense"
@@ -269,7 +271,7 @@ def test_check_finds_a_wrong_engine(few, monkeypatch, capsys):
 
 def test_what_does_not_fit_is_said_and_the_rest_runs(few, monkeypatch, capsys):
     # Eight heads of 1024 * 1024 logits are 32 MiB a matrix, and the dense engine holds several.
-    monkeypatch.setattr(compare, "_free_memory", lambda: 48 * 2**20)
+    monkeypatch.setattr(check, "_free_memory", lambda: 48 * 2**20)
     assert check_main(["--lengths", "1024", "--dim", "8", "--rounds", "1"]) == 0
     table = rows(capsys.readouterr().out)
     dash, reason = table[1024, "dense"]
@@ -282,7 +284,7 @@ def test_what_does_not_fit_is_said_and_the_rest_runs(few, monkeypatch, capsys):
 
 
 def test_length_whose_inputs_do_not_fit_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(compare, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(check, "_free_memory", lambda: 1000)
     assert check_main(SMALL) == 0
     table = rows(capsys.readouterr().out)
     reason = "inputs and reference need 30 KiB, 0.977 KiB are free"
@@ -292,14 +294,14 @@ def test_length_whose_inputs_do_not_fit_is_said(monkeypatch, capsys):
 
 
 def test_device_that_runs_out_of_memory_is_said(few, monkeypatch, capsys):
-    compile_ = compare._compile
+    compile_ = check._compile
 
     def full(problem, row, arrays):
         if row.name == "dense":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
         compile_(problem, row, arrays)
 
-    monkeypatch.setattr(compare, "_compile", full)
+    monkeypatch.setattr(check, "_compile", full)
     assert check_main(SMALL) == 0
     table = rows(capsys.readouterr().out)
     assert table[20, "dense"] == ["-", "out of memory"]
@@ -307,7 +309,7 @@ def test_device_that_runs_out_of_memory_is_said(few, monkeypatch, capsys):
 
 
 def test_free_memory_is_a_number_here():
-    free = compare._free_memory()
+    free = check._free_memory()
     assert free is None or free > 2**20
 
 

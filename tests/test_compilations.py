@@ -6,12 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flash_attention_jax import (
-    _front,
-    attention,
-    dot_product_attention,
-    flash_attention,
-)
+from flash_attention_jax import attention, dot_product_attention, flash_attention
+from flash_attention_jax._api import run
 
 
 def queries(length):
@@ -19,9 +15,9 @@ def queries(length):
 
 
 def compilations(function):
-    before = _front._run._cache_size()
+    before = run._run._cache_size()
     function()
-    return _front._run._cache_size() - before
+    return run._run._cache_size() - before
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "checkpointed", "dense"])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import flash_attention_jax
-from flash_attention_jax._reference import Problem, reference
-from flash_attention_jax._subject import QUICK
+from flash_attention_jax._conformance.reference import Problem, reference
+from flash_attention_jax._conformance.subject import QUICK
 from flash_attention_jax.testing import CLAIMS, Failure, Subject, check, conformance
 
 # Blocks so small that several occur, none of which divides a length of the claims.

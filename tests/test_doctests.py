@@ -39,11 +39,11 @@ def test_examples_print_what_they_say(name):
 def test_examples_are_found():
     finder = doctest.DocTestFinder(exclude_empty=True)
     modules = (
-        "_attention",
-        "_cosine",
-        "_plain",
-        "_explain",
-        "_merge",
+        "_api.attention",
+        "_api.cosine",
+        "_api.plain",
+        "_api.explain",
+        "_api.merge",
         "compare",
         "rotary",
         "varlen",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import _dropout, flash_attention
+from flash_attention_jax import flash_attention
+from flash_attention_jax._core import dropout
 
 KEY = jax.random.key(11)
 B, H, T, S = 2, 3, 13, 17
@@ -141,10 +142,10 @@ def test_bits_of_a_word_are_fair():
     at = [np.arange(n, dtype=np.int32) for n in (2, 2, 32, 64)]
     b, h, i, j = np.meshgrid(*at, indexing="ij")
     words = jnp.array([1, 2], jnp.uint32)  # a poor key: nothing but low bits
-    first, second = _dropout.row_words(words, 2, *(jnp.asarray(x) for x in (b, h, i)))
+    first, second = dropout.row_words(words, 2, *(jnp.asarray(x) for x in (b, h, i)))
     for bit in range(1, 8):
         # Thresholds at each power of two: a biased high bit would show.
-        share = np.asarray(_dropout.keep((first, second), jnp.asarray(j), 0.5**bit)).mean()
+        share = np.asarray(dropout.keep((first, second), jnp.asarray(j), 0.5**bit)).mean()
         assert abs(share - (1 - 0.5**bit)) < 0.02
 
 
@@ -155,7 +156,7 @@ def test_new_and_old_style_keys_agree():
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_any_kind_of_key_gives_two_words(implementation):
     words = [
-        np.asarray(_dropout.key_words(jax.random.key(seed, impl=implementation)))
+        np.asarray(dropout.key_words(jax.random.key(seed, impl=implementation)))
         for seed in range(8)
     ]
     assert all(w.shape == (2,) and w.dtype == np.uint32 for w in words)

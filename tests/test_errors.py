@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import flash_attention_jax as f
-from flash_attention_jax import _check
-from flash_attention_jax._attention_fn import attention_fn, make_attention_fn
-from flash_attention_jax._dispatch import NO_FORWARD_MODE
+from flash_attention_jax._core import check
+from flash_attention_jax._engines.dispatch import NO_FORWARD_MODE
+from flash_attention_jax._flax.attention_fn import attention_fn, make_attention_fn
 from flash_attention_jax.varlen import flash_attention_varlen
 
 F32, I32 = np.float32, np.int32
@@ -1119,9 +1119,9 @@ def test_keyword_misspelt_where_python_knows_all_names_is_pythons_error():
 
 
 def test_long_value_is_not_spelled_out():
-    assert _check.shown([1.0] * 1000) == "list ..."
-    assert _check.shown(jnp.ones((2, 3), jnp.float32)) == "float32[2, 3]"
-    assert _check.shown((1, 2)) == "tuple (1, 2)"
+    assert check.shown([1.0] * 1000) == "list ..."
+    assert check.shown(jnp.ones((2, 3), jnp.float32)) == "float32[2, 3]"
+    assert check.shown((1, 2)) == "tuple (1, 2)"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax._exponential import exponential
+from flash_attention_jax._core.exponential import exponential
 
 X = np.concatenate([np.linspace(-87.3, 87.9, 400_001), np.linspace(-1, 1, 200_001)])
 

@@ -18,7 +18,7 @@ from flash_attention_jax import (
     flash_cosine_sim_attention,
     memory_efficient_attention,
 )
-from flash_attention_jax._attention_fn import attention_fn
+from flash_attention_jax._flax.attention_fn import attention_fn
 
 pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers to serialise")
 

@@ -16,24 +16,33 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import flash_attention_jax
-from flash_attention_jax import _blocked, _masks, _read, explain, flash_attention
-from flash_attention_jax._subject import difference
-from flash_attention_jax._tiles import Tile
-from flash_attention_jax.kernels import _config, _support, attention, hopper_decode, operands
+from flash_attention_jax import explain, flash_attention
+from flash_attention_jax._api import read
+from flash_attention_jax._conformance.subject import difference
+from flash_attention_jax._core import masks, platform
+from flash_attention_jax._core.tiles import Tile
+from flash_attention_jax._engines import blocked
+from flash_attention_jax.kernels import (
+    hopper_attention,
+    hopper_config,
+    hopper_decode,
+    hopper_support,
+    operands,
+)
 from flash_attention_jax.testing import CLAIMS, Subject, check
 
 ROOT = Path(__file__).parents[1]
 
 needs_interpreter = pytest.mark.skipif(
-    _support._pallas_why_not(interpret=True) is not None,
-    reason=f"{_support._pallas_why_not(interpret=True)}",
+    hopper_support._pallas_why_not(interpret=True) is not None,
+    reason=f"{hopper_support._pallas_why_not(interpret=True)}",
 )
 
 
 @pytest.fixture
 def interpreted():
     """Calls run on the interpreted kernels, with 32-bit types: its threads know no others."""
-    with _x64_off(), _support.interpreted():
+    with _x64_off(), platform.interpreted():
         yield
 
 
@@ -328,7 +337,7 @@ def test_keys_split_among_programs_give_what_whole_keys_give(case, interpreted):
 )
 def test_few_queries_against_many_keys_are_split(q, k, options, count):
     options = {name: shape(*sizes, dtype=jnp.float32) for name, sizes in options.items()}
-    reading = _read.read(shape(*q), shape(*k), shape(*k), None, options, **HOPPER)
+    reading = read.read(shape(*q), shape(*k), shape(*k), None, options, **HOPPER)
     assert hopper_decode.parts(reading.call) == count
 
 
@@ -365,15 +374,15 @@ def test_gradients_from_one_kernel_are_those_from_three(interpreted):
 def test_dropout_of_a_part_has_the_bits_of_the_whole(interpreted):
     # Equal logits, and values that are unit vectors: the output shows which keys were kept.
     q, v = jnp.zeros((1, 1, 16, 8), jnp.bfloat16), jnp.eye(16, dtype=jnp.bfloat16)[None, None]
-    reading = _read.read(
+    reading = read.read(
         q, q, v, None, {"dropout_rate": 0.4, "dropout_key": jax.random.key(7)}, **HOPPER
     )
-    arrays = _read.arrays(reading.call, reading.given)
+    arrays = read.arrays(reading.call, reading.given)
     arrays = arrays._replace(dropout_origin=jnp.array([6, 2, 3, 40, 50], jnp.int32))
     call = dataclasses.replace(reading.call, interpret=True)
-    found = attention.attend(_blocked.attend, call, arrays).out
-    want = _blocked.attend(call, arrays).out
-    alone = _blocked.attend(call, arrays._replace(dropout_origin=None)).out
+    found = hopper_attention.attend(blocked.attend, call, arrays).out
+    want = blocked.attend(call, arrays).out
+    alone = blocked.attend(call, arrays._replace(dropout_origin=None)).out
     kept = [np.asarray(x, np.float32) != 0 for x in (found, want, alone)]
     assert np.array_equal(kept[0], kept[1])
     assert not np.array_equal(kept[1], kept[2])
@@ -476,20 +485,20 @@ def test_ranges_of_keys_say_what_the_mask_by_element_says(options):
     options = {
         name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()
     }
-    reading = _read.read(q, k, k, None, options)
-    arrays = _read.arrays(reading.call, reading.given)
+    reading = read.read(q, k, k, None, options)
+    arrays = read.arrays(reading.call, reading.given)
     tile = Tile.whole(reading.call)
-    at = _masks.positions(reading.call, arrays, tile, "bhrij")
-    visible = np.asarray(_masks.visible(reading.call, arrays, tile, at, "bhrij"))[:, 0, 0]
-    low, high = (np.asarray(x)[..., None] for x in _masks.key_ranges(reading.call, arrays))
+    at = masks.positions(reading.call, arrays, tile, "bhrij")
+    visible = np.asarray(masks.visible(reading.call, arrays, tile, at, "bhrij"))[:, 0, 0]
+    low, high = (np.asarray(x)[..., None] for x in masks.key_ranges(reading.call, arrays))
     j = np.arange(13)
     assert (((j >= low) & (j < high)) == np.broadcast_to(visible, (2, 9, 13))).all()
 
 
 def test_routes_visit_what_the_mask_leaves_partial_blocks_first():
     x = np.zeros((1, 1, 512, 64), np.float32)
-    reading = _read.read(x, x, x, None, {"causal": True})
-    arrays = _read.arrays(reading.call, reading.given)
+    reading = read.read(x, x, x, None, {"causal": True})
+    arrays = read.arrays(reading.call, reading.given)
     found = operands.routes(reading.call, arrays, 128, 128, over_keys=True)
     assert np.asarray(found["counts"]).tolist() == [[[1, 1], [1, 2], [1, 3], [1, 4]]]
     assert np.asarray(found["order"])[0, 2, :3].tolist() == [2, 0, 1]
@@ -503,8 +512,8 @@ def test_what_no_array_decides_is_computed_while_tracing(options):
         x = shape(1, 2, 300, 64)
 
         def prepared(x, arrays):
-            reading = _read.read(x, x, x, None, {**options, **arrays}, **HOPPER)
-            call, given = reading.call, _read.arrays(reading.call, reading.given)
+            reading = read.read(x, x, x, None, {**options, **arrays}, **HOPPER)
+            call, given = reading.call, read.arrays(reading.call, reading.given)
             seen = operands.keys_that_are_seen(call, given)
             cleaned = operands.clean(call, "k", given.k, seen)
             return cleaned, operands.routes(call, given, 128, 128, over_keys=True)
@@ -563,11 +572,11 @@ def test_arrays_on_the_cpu_are_planned_for_the_cpu_whatever_the_default(monkeypa
 
 @pytest.mark.parametrize("version", [12080, 12090])
 def test_masked_call_is_declined_on_a_cuda_that_compiles_it_wrongly(version, monkeypatch):
-    monkeypatch.setattr(_support, "_cuda_runtime", lambda: version)
+    monkeypatch.setattr(hopper_support, "_cuda_runtime", lambda: version)
     q = shape(2, 8, 64, 64)
     assert "12.9.1 or newer" in explain(q, q, q, causal=True, **HOPPER).reasons["hopper"]
     assert explain(q, q, q, **HOPPER).forward == "hopper"
-    monkeypatch.setattr(_support, "_cuda_runtime", lambda: 12091)
+    monkeypatch.setattr(hopper_support, "_cuda_runtime", lambda: 12091)
     assert explain(q, q, q, causal=True, **HOPPER).forward == "hopper"
 
 
@@ -575,24 +584,27 @@ def test_pallas_that_moved_or_broke_is_a_reason_and_no_crash(monkeypatch):
     def broken(name):
         raise AttributeError("made for another jax")
 
-    _support._pallas_why_not.cache_clear()
-    monkeypatch.setattr(_support.importlib, "import_module", broken)
+    hopper_support._pallas_why_not.cache_clear()
+    monkeypatch.setattr(hopper_support.importlib, "import_module", broken)
     q = shape(2, 8, 64, 64)
     try:
         assert "made for another jax" in explain(q, q, q, **HOPPER).reasons["hopper"]
-        _support._pallas_why_not.cache_clear()
-        monkeypatch.setattr(_support.importlib, "import_module", lambda name: object())
+        hopper_support._pallas_why_not.cache_clear()
+        monkeypatch.setattr(hopper_support.importlib, "import_module", lambda name: object())
         assert "lacks kernel" in explain(q, q, q, **HOPPER).reasons["hopper"]
     finally:
-        _support._pallas_why_not.cache_clear()
+        hopper_support._pallas_why_not.cache_clear()
 
 
 def test_tiles_fit_into_shared_memory_and_registers():
-    for kernel, by_dim in _config.TABLE.items():
+    for kernel, by_dim in hopper_config.TABLE.items():
         for dim, tiles in by_dim.items():
             compute, load = tiles.registers
             assert tiles.warpgroups * compute + load <= 512, (kernel, dim)
-            assert _config.shared_memory(kernel, dim, tiles) <= _config.SHARED_MEMORY, (kernel, dim)
+            assert hopper_config.shared_memory(kernel, dim, tiles) <= hopper_config.SHARED_MEMORY, (
+                kernel,
+                dim,
+            )
 
 
 # --- lowering and compiling without a GPU ---
@@ -632,9 +644,9 @@ def test_forward_and_backward_lower_for_cuda(case):
     def both(q, k, v):
         @wrap
         def forward(q, k, v):
-            reading = _read.read(q, k, v, None, options, layout=layout, **how, **HOPPER)
-            given = _read.arrays(reading.call, reading.given)
-            return attention.attend(_blocked.attend, reading.call, given)
+            reading = read.read(q, k, v, None, options, layout=layout, **how, **HOPPER)
+            given = read.arrays(reading.call, reading.given)
+            return hopper_attention.attend(blocked.attend, reading.call, given)
 
         out, pull = jax.vjp(forward, q, k, v)
         return out, pull(out)
@@ -650,7 +662,7 @@ def test_forward_and_backward_lower_for_cuda(case):
 
 
 def test_compile_command_says_so_without_the_cuda_plugin_or_finds_no_spill():
-    command = ["-m", "flash_attention_jax.kernels.compile", "--only", "causal", "--dims", "64"]
+    command = ["-m", "flash_attention_jax", "compile", "hopper", "--only", "causal", "--dims", "64"]
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,

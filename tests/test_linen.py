@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 import flash_attention_jax
-from flash_attention_jax._layer import _alibi_slopes
+from flash_attention_jax._flax.layer import _alibi_slopes
 from flash_attention_jax.linen import Attention, attention_fn, make_attention_fn
 
 FLOAT = jnp.float64

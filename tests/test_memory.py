@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import _blocked, _masks, _online, _read, _tiles, flash_attention
-from flash_attention_jax._subject import QUICK
+from flash_attention_jax import flash_attention
+from flash_attention_jax._api import read
+from flash_attention_jax._conformance.subject import QUICK
+from flash_attention_jax._core import masks, tiles
+from flash_attention_jax._engines import blocked, online
 
 D = 16
 SHORT, LONG = 4096, 16384
@@ -199,10 +202,10 @@ def test_blocks_on_the_route_are_those_that_hold_a_visible_entry(name, sums_quer
     mask = options.pop("mask", None)
     q, k = jnp.zeros((2, 2, T, 4), jnp.float32), jnp.zeros((2, 2, S, 4), jnp.float32)
     options |= {"block_q": BLOCK_Q, "block_kv": BLOCK_KV}
-    reading = _read.read(q, k, k, mask, options)
-    steps = _tiles.plan(reading.call, 1, 1, 2**30, sums_queries=sums_queries)
+    reading = read.read(q, k, k, mask, options)
+    steps = tiles.plan(reading.call, 1, 1, 2**30, sums_queries=sums_queries)
     assert (steps.queries.block, steps.keys.block, steps.units) == (BLOCK_Q, BLOCK_KV, 1)
-    visits = _masks.Visits.of(steps, _read.arrays(reading.call, reading.given))
+    visits = masks.Visits.of(steps, read.arrays(reading.call, reading.given))
     want = classes(visible, steps.queries, steps.keys, repeated_queries_count=not sums_queries)
 
     got = np.zeros_like(want)
@@ -215,8 +218,8 @@ def test_blocks_on_the_route_are_those_that_hold_a_visible_entry(name, sums_quer
             order, partial, last = visits.along_keys(steps.tile(0, n, 0), n)
             line = got[n]
         assert sorted(np.asarray(order)) == list(range(line.size))
-        line[np.asarray(order[: int(partial)])] = _masks.PARTIAL
-        line[np.asarray(order[int(partial) : int(last)])] = _masks.FULL
+        line[np.asarray(order[: int(partial)])] = masks.PARTIAL
+        line[np.asarray(order[int(partial) : int(last)])] = masks.FULL
     np.testing.assert_array_equal(got != 0, want != 0)
     np.testing.assert_array_equal(got, want)
 
@@ -238,8 +241,8 @@ def test_excluded_blocks_are_not_visited_when_the_program_runs(name, share, monk
 
         return wrapped
 
-    gradients = _blocked._Gradients
-    monkeypatch.setattr(_online, "step", counting(_online.step, "forward"))
+    gradients = blocked._Gradients
+    monkeypatch.setattr(online, "step", counting(online.step, "forward"))
     monkeypatch.setattr(gradients, "__call__", counting(gradients.__call__, "backward"))
     jax.clear_caches()  # so that the counting functions are traced, here and not in the next test
     q, k = jnp.ones((1, 1, T, 4), jnp.float32), jnp.ones((1, 1, S, 4), jnp.float32)
@@ -252,7 +255,7 @@ def test_excluded_blocks_are_not_visited_when_the_program_runs(name, share, monk
         jax.effects_barrier()
     finally:
         jax.clear_caches()
-    axes = _tiles.balanced(T, BLOCK_Q), _tiles.balanced(S, BLOCK_KV)
+    axes = tiles.balanced(T, BLOCK_Q), tiles.balanced(S, BLOCK_KV)
     for direction, repeated in (("forward", True), ("backward", False)):
         ideal = (classes(visible[:1], *axes, repeated_queries_count=repeated) != 0).sum()
         assert counts[direction] == ideal
@@ -265,9 +268,9 @@ def test_vmap_visits_what_any_example_needs():
 
     def visited(lengths):
         options = {"kv_lengths": lengths, "block_q": BLOCK_Q, "block_kv": BLOCK_KV}
-        reading = _read.read(q, k, k, None, options)
-        steps = _tiles.plan(reading.call, 1, 1, 2**30, sums_queries=False)
-        visits = _masks.Visits.of(steps, _read.arrays(reading.call, reading.given))
+        reading = read.read(q, k, k, None, options)
+        steps = tiles.plan(reading.call, 1, 1, 2**30, sums_queries=False)
+        visits = masks.Visits.of(steps, read.arrays(reading.call, reading.given))
         return visits.along_keys(steps.tile(0, 0, 0), 0)[1:]
 
     partial, last = jax.vmap(visited)(lengths)

@@ -5,6 +5,7 @@ import graphlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,28 +18,29 @@ import jax.numpy as jnp
 import pytest
 
 from flash_attention_jax import explain
-from flash_attention_jax.kernels import _support
+from flash_attention_jax.kernels import hopper_support
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flash_attention_jax"
 OPTIONAL = ("flax", "optax", "orbax", "tqdm", "torch", "jax_triton", "triton", "matplotlib")
 
-# From the bottom up; a module imports from its own layer and those below it. A module that is not
-# here is at the top: a shell, or a function of the public face.
-LAYERS = [
-    ["_call", "_types", "_varying", "_optional"],
-    [
-        *("_check", "_dropout", "_exponential", "_logits", "_masks", "_online", "_results"),
-        *("_similarity", "_tiles"),
-    ],
-    ENGINES := ["_dense", "_blocked", "_checkpointed", "kernels"],
-    ["_dispatch"],
-    ["_parts", "_partition"],
-    ["_read", "_front", "_compilations"],
-    ["_attention", "_cosine", "_plain", "_explain", "_merge"],
+# The wings and the public modules, from the lowest floor to the highest. A module imports from its
+# own wing and from lower floors; the package itself stands where its public functions are.
+FLOORS = [
+    ["_core"],
+    ["kernels"],
+    ["_engines"],
+    ["_api"],
+    ["_parallel", "_conformance", "cache", "compare", "data", "rotary", "varlen"],
+    ["", "sharding", "testing"],
+    ["_flax", "_torch", "_commands"],
+    ["linen", "nnx", "torch"],
+    ["transformer"],
+    ["_training"],
+    ["train"],
+    ["__main__"],
 ]
-LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TOP = len(LAYERS)
+FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 
 # Public module -> the optional packages without which it cannot be imported.
 SHELLS = {
@@ -52,17 +54,15 @@ SHELLS = {
 # Module name -> file; the kernels are reached through the link, so by the name they import as.
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for folder in (PACKAGE, f"{PACKAGE}/kernels")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in (ROOT / PACKAGE, *sorted((ROOT / PACKAGE).iterdir()))
+    if folder.is_dir() and folder.name != "__pycache__"
+    for path in sorted(folder.glob("*.py"))
 }
 
 
-def part(module: str) -> str:
-    """The word that names a module's layer: `_dense`, `kernels`; "" for the package itself."""
-    inside = module.removeprefix(PACKAGE).lstrip(".")
-    # Commands beside the kernels, none of them: they build calls as a user would.
-    commands = ("kernels.compile", "kernels.triton_compile", "kernels.tune")
-    return inside if inside in commands else inside.split(".")[0]
+def wing(module: str) -> str:
+    """The folder or public module: `_engines`, `kernels`, `linen`; "" for the package itself."""
+    return module.removeprefix(PACKAGE).lstrip(".").split(".")[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -177,17 +177,36 @@ def test_imports_are_absolute(module):
     assert relative == []
 
 
+def test_tree_of_the_readme_is_that_of_the_folders():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree, _, rest = text.partition("## The tree")[2].partition("`flash_attention_jax/kernels` is")
+    wings = re.findall(r"^ {6}(\w+)/ ", tree, re.MULTILINE)
+    floors = [name for floor in FLOORS for name in floor if (ROOT / PACKAGE / name).is_dir()]
+    assert wings == [name for name in floors if name]
+    modules = rest[rest.index("itself: ") :].partition(".")[0]
+    assert set(re.findall(r"\w+", modules)) - {"itself", "and"} == set(PUBLIC_MODULES)
+
+
+def test_every_module_has_a_floor():
+    assert {wing(module) for module in MODULES} == set(FLOOR)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    mine = part(module)
+    mine = wing(module)
     wrong = [
         f"{MODULES[module].name}:{line} imports {other}"
         for line, other in imported(MODULES[module])
-        if LEVEL.get(part(other), TOP) > LEVEL.get(mine, TOP)
-        # Engines are siblings; the files of one are not.
-        or (mine in ENGINES and part(other) in ENGINES and part(other) != mine)
+        if FLOOR[wing(other)] > FLOOR[mine]
+        or (FLOOR[wing(other)] == FLOOR[mine] and wing(other) != mine)
     ]
     assert wrong == []
+
+
+def test_engines_do_not_import_each_other():
+    engines = {f"{PACKAGE}._engines.{name}" for name in ("dense", "blocked", "checkpointed")}
+    for engine in engines:
+        assert not (engines - {engine}) & {other for _, other in imported(MODULES[engine])}
 
 
 def test_imports_make_no_circle():
@@ -216,8 +235,10 @@ def test_kernels_refuse_any_other_name():
 @pytest.mark.parametrize("there", ["a text", "nothing", "a link"])
 def test_checkout_without_symbolic_links_says_what_to_do(there, tmp_path):
     (tmp_path / PACKAGE).mkdir()
-    for path in (ROOT / PACKAGE).glob("*.py"):
-        shutil.copy(path, tmp_path / PACKAGE)
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        if path.parent.name != "kernels":
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     if there == "a text":  # as git writes a link where core.symlinks is false
         (tmp_path / PACKAGE / "kernels").write_text("../kernels")
@@ -300,13 +321,13 @@ def test_kernels_that_lack_a_module_say_which(monkeypatch):
         raise ModuleNotFoundError("No module named 'absl'", name="absl")
 
     q = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
-    _support._pallas_why_not.cache_clear()
+    hopper_support._pallas_why_not.cache_clear()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(_support.importlib, "import_module", without)
+            patch.setattr(hopper_support.importlib, "import_module", without)
             said = explain(q, q, q, platform="gpu", capability=(9, 0))
     finally:
-        _support._pallas_why_not.cache_clear()
+        hopper_support._pallas_why_not.cache_clear()
     assert said.forward != "hopper"
     assert said.reasons["hopper"] == (
         f"Pallas for Mosaic GPU of jax {jax.__version__} needs the module absl, which is not "

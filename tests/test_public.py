@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import flash_attention_jax as f
-from flash_attention_jax._read import CommonOptions, Options, ScaleOptions
+from flash_attention_jax._api.options import CommonOptions, Options, ScaleOptions
 
 ROOT = Path(__file__).parents[1]
 

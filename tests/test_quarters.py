@@ -5,13 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import (
-    _blocked,
-    _online,
-    dot_product_attention,
-    flash_attention,
-    flash_cosine_sim_attention,
-)
+from flash_attention_jax import dot_product_attention, flash_attention, flash_cosine_sim_attention
+from flash_attention_jax._engines import blocked, online
 
 B, N, T, S, D = 2, 4, 16, 24, 6
 BLOCK = 8
@@ -49,7 +44,7 @@ CALLS = {
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(_blocked, "_LARGE", BLOCK * BLOCK // 2)
+    monkeypatch.setattr(blocked, "_LARGE", BLOCK * BLOCK // 2)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -149,14 +144,14 @@ def test_second_derivatives_are_those_of_the_oracle(rng):
 @pytest.mark.usefixtures("everything_is_large")
 def test_three_quarters_of_a_diagonal_block_are_visited_and_two_are_masked(monkeypatch):
     visits = []
-    step = _online.step
+    step = online.step
 
     def counted(call, arrays, tile, *rest, masked):
         size = tile.queries[1], tile.keys[1]
         jax.debug.callback(lambda: visits.append((*size, masked)))
         return step(call, arrays, tile, *rest, masked=masked)
 
-    monkeypatch.setattr(_online, "step", counted)
+    monkeypatch.setattr(online, "step", counted)
     q = jnp.ones((1, 2, 32, 4))
     flash_attention(
         q, q, q, causal=True, implementation="blocked", block_q=BLOCK, block_kv=BLOCK

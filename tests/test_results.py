@@ -15,9 +15,9 @@ from flash_attention_jax import (
     memory_efficient_attention,
     merge_attention,
 )
-from flash_attention_jax._attention_fn import attention_fn
-from flash_attention_jax._claims import equations
-from flash_attention_jax._results import lse_of
+from flash_attention_jax._conformance.claims import equations
+from flash_attention_jax._core.results import lse_of
+from flash_attention_jax._flax.attention_fn import attention_fn
 
 ENGINES = ("blocked", "checkpointed", "dense")
 

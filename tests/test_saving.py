@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import _curves, _saving, train
+from flash_attention_jax import train
+from flash_attention_jax._training import curves as drawing
+from flash_attention_jax._training import saving
 from flash_attention_jax.data import InputError, Text
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +45,7 @@ def options(text_file, out, *more, steps=6):
 
 def curve(out):
     """What the log of a run says of the steps, apart from their speed."""
-    curves = _curves.read(out)
+    curves = drawing.read(out)
     del curves["tokens_per_second"]
     return np.stack(list(curves.values()))
 
@@ -66,20 +68,20 @@ def same(state, other):
 
 def test_newest_checkpoint_comes_back_as_it_was(tmp_path):
     for step in (1, 2, 10):
-        assert _saving.save(tmp_path, step, state_of(step), CONFIG) == tmp_path / f"{step:08d}"
-    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(10))
+        assert saving.save(tmp_path, step, state_of(step), CONFIG) == tmp_path / f"{step:08d}"
+    assert same(saving.restore(tmp_path, state_of(0), CONFIG), state_of(10))
 
 
 def test_two_checkpoints_are_kept(tmp_path):
     for step in range(4):
-        _saving.save(tmp_path, step, state_of(step), CONFIG)
+        saving.save(tmp_path, step, state_of(step), CONFIG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000003"]
 
 
 def test_step_that_is_saved_again_replaces_the_first(tmp_path):
-    _saving.save(tmp_path, 1, state_of(7), CONFIG)
-    _saving.save(tmp_path, 1, state_of(8), CONFIG)
-    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(8))
+    saving.save(tmp_path, 1, state_of(7), CONFIG)
+    saving.save(tmp_path, 1, state_of(8), CONFIG)
+    assert same(saving.restore(tmp_path, state_of(0), CONFIG), state_of(8))
 
 
 def test_killed_at_any_moment_of_saving_a_whole_checkpoint_is_left(tmp_path, monkeypatch):
@@ -99,26 +101,26 @@ def test_killed_at_any_moment_of_saving_a_whole_checkpoint_is_left(tmp_path, mon
         copies.append(shutil.copytree(folder, tmp_path / f"copy{len(copies)}"))
 
     for step in (1, 2):
-        _saving.save(folder, step, state_of(step), CONFIG)
+        saving.save(folder, step, state_of(step), CONFIG)
     with monkeypatch.context() as patch:
         for module, name in (
-            (_saving.ocp.Checkpointer, "save"),
-            (_saving.shutil, "rmtree"),
-            (_saving.os, "fsync"),
-            (_saving.os, "unlink"),
+            (saving.ocp.Checkpointer, "save"),
+            (saving.shutil, "rmtree"),
+            (saving.os, "fsync"),
+            (saving.os, "unlink"),
             (Path, "rename"),
             (Path, "write_text"),
         ):
             patch.setattr(module, name, noting(getattr(module, name)))
-        _saving.save(folder, 3, state_of(3), CONFIG)
-    steps = [_saving.restore(path, state_of(0), CONFIG)["step"] for path in copies]
+        saving.save(folder, 3, state_of(3), CONFIG)
+    steps = [saving.restore(path, state_of(0), CONFIG)["step"] for path in copies]
     assert set(steps) == {2, 3}
     assert steps == sorted(steps)
     for path in copies:
-        assert [_saving._verified(whole) for whole in _saving._whole(path)]
+        assert [saving._verified(whole) for whole in saving._whole(path)]
     # What a kill left behind goes with the next checkpoint.
     assert any(list(path.glob(".*")) for path in copies)
-    _saving.save(copies[1], 4, state_of(4), CONFIG)
+    saving.save(copies[1], 4, state_of(4), CONFIG)
     assert sorted(path.name for path in copies[1].iterdir()) == ["00000002", "00000004"]
 
 
@@ -137,9 +139,9 @@ def test_checkpoint_has_its_name_only_when_its_files_are_on_the_disk(tmp_path, m
             unsynced.extend(p for p in files if p.stat().st_ino not in synced)
         return rename(self, target)
 
-    monkeypatch.setattr(_saving.os, "fsync", noting)
+    monkeypatch.setattr(saving.os, "fsync", noting)
     monkeypatch.setattr(Path, "rename", renaming)
-    whole = _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    whole = saving.save(tmp_path, 1, state_of(1), CONFIG)
     assert (whole / "state").is_dir()
     assert unsynced == []
 
@@ -159,12 +161,12 @@ def test_checkpoint_is_saved_as_windows_has_it(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return open_(path, flags, *more, **options)
 
-    monkeypatch.setattr(_saving.os, "fsync", fsync_there)
-    monkeypatch.setattr(_saving.os, "open", open_there)
-    path = _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    monkeypatch.setattr(saving.os, "fsync", fsync_there)
+    monkeypatch.setattr(saving.os, "open", open_there)
+    path = saving.save(tmp_path, 1, state_of(1), CONFIG)
     files = [p.stat().st_ino for p in path.rglob("*") if p.is_file()]
     assert sorted(synced) == sorted(files)
-    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
+    assert same(saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
 
 
 def test_folder_that_cannot_be_synced_is_no_obstacle_and_a_file_is(tmp_path, monkeypatch):
@@ -175,12 +177,12 @@ def test_folder_that_cannot_be_synced_is_no_obstacle_and_a_file_is(tmp_path, mon
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(descriptor)
 
-    monkeypatch.setattr(_saving.os, "fsync", refusing)
-    _saving.save(tmp_path, 1, state_of(1), CONFIG)
-    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
+    monkeypatch.setattr(saving.os, "fsync", refusing)
+    saving.save(tmp_path, 1, state_of(1), CONFIG)
+    assert same(saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
     refused[0] = os.path.isfile
     with pytest.raises(OSError, match="Invalid argument"):
-        _saving.save(tmp_path, 2, state_of(2), CONFIG)
+        saving.save(tmp_path, 2, state_of(2), CONFIG)
 
 
 # --- a full disk ------------------------------------------------------------------------------
@@ -214,36 +216,36 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(case, tmp_path, monkeypa
     said = f"`--out` must have room for what the run writes, got {tmp_path}: {text}. Free some, or "
     for step, advice in ((1, "choose another."), (2, "go on from step 1 with --resume.")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"flash_attention_jax._saving.{where}", raising, raising=False)
-            with pytest.raises(InputError) as caught, _saving.writing(tmp_path):
-                _saving.save(folder, step, state_of(step), CONFIG)
+            patch.setattr(f"flash_attention_jax._training.saving.{where}", raising, raising=False)
+            with pytest.raises(InputError) as caught, saving.writing(tmp_path):
+                saving.save(folder, step, state_of(step), CONFIG)
         assert str(caught.value) == said + advice
         assert list(folder.glob(".*")) == []  # the part that was written takes no room
-        with _saving.writing(tmp_path):
-            _saving.save(folder, step, state_of(step), CONFIG)
-    assert same(_saving.restore(folder, state_of(0), CONFIG), state_of(2))
+        with saving.writing(tmp_path):
+            saving.save(folder, step, state_of(step), CONFIG)
+    assert same(saving.restore(folder, state_of(0), CONFIG), state_of(2))
 
 
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path):
-    with pytest.raises(OSError, match="Input/output error"), _saving.writing(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), saving.writing(tmp_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_room_is_asked_for_before_orbax_starts(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        _saving.os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False
+        saving.os, "posix_fallocate", lambda fd, start, size: asked.append(size), raising=False
     )
-    _saving.save(tmp_path, 1, state_of(1, size=10**6), CONFIG)
+    saving.save(tmp_path, 1, state_of(1, size=10**6), CONFIG)
     assert 6e6 < asked[0] < 6.5e6
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < asked[0]
     assert "room" not in {p.name for p in files}
-    monkeypatch.delattr(_saving.os, "posix_fallocate")  # as on macOS and Windows
+    monkeypatch.delattr(saving.os, "posix_fallocate")  # as on macOS and Windows
     usage = types.SimpleNamespace(free=10**6)
-    monkeypatch.setattr(_saving.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match="No space left on device"):
-        _saving.save(tmp_path, 2, state_of(2, size=10**6), CONFIG)
+        saving.save(tmp_path, 2, state_of(2, size=10**6), CONFIG)
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -305,30 +307,30 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_checkpoint_is_refused(case, tmp_path):
     damage, reason = DAMAGE[case]
-    path = _saving.save(tmp_path, 1, state_of(1, size=1000), CONFIG)
+    path = saving.save(tmp_path, 1, state_of(1, size=1000), CONFIG)
     damage(path)
     wanted = (
         rf"`--resume` must find a whole checkpoint, got {re.escape(str(path))} \({reason}\)\. "
         r"Leave out --resume to start again\."
     )
     with pytest.raises(InputError, match=f"^{wanted}$"):
-        _saving.restore(tmp_path, state_of(0, size=1000), CONFIG)
+        saving.restore(tmp_path, state_of(0, size=1000), CONFIG)
 
 
 def test_damaged_checkpoint_says_that_there_is_an_older_one(tmp_path):
-    _saving.save(tmp_path, 1, state_of(1), CONFIG)
-    path = _saving.save(tmp_path, 2, state_of(2), CONFIG)
+    saving.save(tmp_path, 1, state_of(1), CONFIG)
+    path = saving.save(tmp_path, 2, state_of(2), CONFIG)
     flip(path)
     with pytest.raises(InputError, match=r"Remove that folder to go on from step 1\.$"):
-        _saving.restore(tmp_path, state_of(0), CONFIG)
+        saving.restore(tmp_path, state_of(0), CONFIG)
     shutil.rmtree(path)
-    assert same(_saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
+    assert same(saving.restore(tmp_path, state_of(0), CONFIG), state_of(1))
 
 
 def test_no_checkpoint_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(InputError) as caught:
-            _saving.restore(folder, state_of(0), CONFIG)
+            saving.restore(folder, state_of(0), CONFIG)
         assert str(caught.value) == (
             f"`--resume` must find a checkpoint, got none in {folder}. "
             "Leave out --resume to start, or give the --out of the interrupted run."
@@ -351,9 +353,9 @@ def test_no_checkpoint_is_refused(tmp_path):
     ids=["shape", "fewer", "more"],
 )
 def test_checkpoint_with_other_arrays_is_refused(template, how, tmp_path):
-    path = _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    path = saving.save(tmp_path, 1, state_of(1), CONFIG)
     with pytest.raises(InputError) as caught:
-        _saving.restore(tmp_path, template, CONFIG)
+        saving.restore(tmp_path, template, CONFIG)
     assert str(caught.value) == (
         f"`--resume` must find a checkpoint of this model, got {path}, whose arrays differ: {how}. "
         "Resume with the version of this library that made it, or start anew with another --out."
@@ -361,10 +363,10 @@ def test_checkpoint_with_other_arrays_is_refused(template, how, tmp_path):
 
 
 def test_what_orbax_refuses_is_said_in_one_line(tmp_path, monkeypatch):
-    _saving.save(tmp_path, 1, state_of(1), CONFIG)
-    monkeypatch.setattr(_saving.ocp.args, "StandardRestore", lambda template: 1 / 0)
+    saving.save(tmp_path, 1, state_of(1), CONFIG)
+    monkeypatch.setattr(saving.ocp.args, "StandardRestore", lambda template: 1 / 0)
     with pytest.raises(InputError) as caught:
-        _saving.restore(tmp_path, state_of(0), CONFIG)
+        saving.restore(tmp_path, state_of(0), CONFIG)
     assert "whose arrays differ: division by zero. Resume with" in str(caught.value)
 
 
@@ -372,9 +374,9 @@ def test_what_orbax_refuses_is_said_in_one_line(tmp_path, monkeypatch):
     ("name", "made_with", "got"), [("lr", 0.5, 0.25), ("steps", 2, 3), ("seed", None, 0)]
 )
 def test_checkpoint_of_another_configuration_is_refused(name, made_with, got, tmp_path):
-    path = _saving.save(tmp_path, 1, state_of(1), CONFIG)
+    path = saving.save(tmp_path, 1, state_of(1), CONFIG)
     with pytest.raises(InputError) as caught:
-        _saving.restore(tmp_path, state_of(0), {**CONFIG, name: got})
+        saving.restore(tmp_path, state_of(0), {**CONFIG, name: got})
     assert str(caught.value) == (
         f"`--{name}` must be what the checkpoint {path} was made with, {made_with}, got {got}. "
         "Resume with the same options, or start anew with another --out."
@@ -425,7 +427,7 @@ def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, mon
             full()
 
     with monkeypatch.context() as patch:
-        patch.setattr(_saving.os, "posix_fallocate", full_later, raising=False)
+        patch.setattr(saving.os, "posix_fallocate", full_later, raising=False)
         assert train.train_main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if not line.startswith("train: step ")] == [
@@ -437,7 +439,7 @@ def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, mon
     np.testing.assert_array_equal(curve(tmp_path / "run"), curve(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("where", ["_curves.os.fsync", "_curves.draw", "train.replacing"])
+@pytest.mark.parametrize("where", ["drawing.os.fsync", "drawing.draw", "train.replacing"])
 def test_log_picture_and_summary_on_a_full_disk_are_one_line(
     where, text_file, tmp_path, monkeypatch, capsys
 ):
@@ -492,7 +494,7 @@ def test_loop_alone_is_refused_too(text_file, tmp_path):
     text = train.load_text(text_file, cache=tmp_path, seq_len=16)
     parser = train._parser("train", steps=6, out="")
     config = train._config(parser.parse_args(options(text_file, tmp_path)), text)
-    with _saving.writing(tmp_path):
+    with saving.writing(tmp_path):
         with pytest.raises(InputError, match="into which no other run writes"):
             train.fit(config, text, tmp_path)
         train.fit(config, text, tmp_path / "elsewhere")
@@ -504,7 +506,7 @@ def test_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", without)
-    with _saving.writing(tmp_path):
+    with saving.writing(tmp_path):
         assert (tmp_path / ".lock").exists()
 
 

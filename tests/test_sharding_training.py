@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("optax")
 
-from flash_attention_jax._fleet import Fleet, make_mesh, parse_mesh
+from flash_attention_jax._training.fleet import Fleet, make_mesh, parse_mesh
 from flash_attention_jax.data import InputError
 from flash_attention_jax.train import train_main
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flash_attention_jax import _read
-from flash_attention_jax.kernels import _config, stored, triton_config, tune
+from flash_attention_jax._api import read
+from flash_attention_jax._commands import tune
+from flash_attention_jax.kernels import hopper_config, stored, triton_config
 
 DEVICE = "NVIDIA H200"
 NAME = stored.key("hopper", "forward", 64, banded=True, dtype="bfloat16")
+SHIPPED = hopper_config.TABLE["forward"][64]
 
 
 @pytest.fixture
@@ -28,17 +30,17 @@ def folder(tmp_path, monkeypatch):
 
 def call_of(**options):
     q = jax.ShapeDtypeStruct((1, 8, 512, 64), jnp.bfloat16)
-    reading = _read.read(q, q, q, None, options, platform="gpu", capability=(9, 0))
+    reading = read.read(q, q, q, None, options, platform="gpu", capability=(9, 0))
     return reading.call
 
 
 def test_stored_tiles_come_before_the_table(folder):
-    assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+    assert hopper_config.tiles(call_of(causal=True), "forward") == SHIPPED
     path = stored.write(DEVICE, {NAME: {"warpgroups": 3, "inner": 64, "stages": 4}})
     assert path == folder / "tiles-NVIDIA-H200.json"
-    assert _config.tiles(call_of(causal=True), "forward") == _config.Tiles(3, 64, 4)
-    assert _config.tiles(call_of(), "forward") == _config.TABLE["forward"][64]
-    assert _config.tiles(call_of(causal=True), "dq") == _config.TABLE["dq"][64]
+    assert hopper_config.tiles(call_of(causal=True), "forward") == hopper_config.Tiles(3, 64, 4)
+    assert hopper_config.tiles(call_of(), "forward") == hopper_config.TABLE["forward"][64]
+    assert hopper_config.tiles(call_of(causal=True), "dq") == hopper_config.TABLE["dq"][64]
 
 
 def test_writing_keeps_what_was_stored(folder):
@@ -85,14 +87,17 @@ def test_file_that_cannot_be_used_is_one_clear_warning(folder, text, reason):
     path = stored.path_of(DEVICE)
     path.write_text(text)
     with pytest.warns(RuntimeWarning) as found:
-        assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+        assert (
+            hopper_config.tiles(call_of(causal=True), "forward")
+            == hopper_config.TABLE["forward"][64]
+        )
     message = str(found[0].message)
     assert message.startswith(f"The measured tiles in {path} are ignored: ")
     assert reason in message
     assert message.endswith("Measure again with `flash-attention-jax tune`, or delete the file.")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        _config.tiles(call_of(causal=True), "forward")
+        hopper_config.tiles(call_of(causal=True), "forward")
 
 
 def test_nothing_is_read_without_a_gpu(tmp_path, monkeypatch):
@@ -107,11 +112,15 @@ def test_candidates_fit_into_shared_memory():
         for dim in (64, 128, 192, 256):
             found = list(tune.hopper_candidates(direction, dim))
             assert found
-            assert dataclasses.asdict(_config.TABLE[direction][dim]) in found, (direction, dim)
+            assert dataclasses.asdict(hopper_config.TABLE[direction][dim]) in found, (
+                direction,
+                dim,
+            )
             sizes = [
-                _config.shared_memory(direction, dim, _config.Tiles(**entry)) for entry in found
+                hopper_config.shared_memory(direction, dim, hopper_config.Tiles(**entry))
+                for entry in found
             ]
-            assert max(sizes) <= _config.SHARED_MEMORY
+            assert max(sizes) <= hopper_config.SHARED_MEMORY
 
 
 def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
@@ -138,7 +147,7 @@ def test_fastest_candidate_is_found_by_medians_and_what_fails_is_left_out():
 
 def test_triton_takes_stored_tiles_too(folder):
     q = jax.ShapeDtypeStruct((1, 8, 512, 80), jnp.bfloat16)
-    call = _read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
+    call = read.read(q, q, q, None, {}, platform="gpu", capability=(8, 0)).call
     own = triton_config.tiles((8, 0), 80, False, "bfloat16", "dq")
     assert triton_config.tiles_of(call, "dq") == own
     kernel = tune.Kernel("triton", "dq", 128, False, "bfloat16")
@@ -162,15 +171,15 @@ def test_triton_leaves_room_for_a_term_of_pairs(direction, dim, expected):
     q = jax.ShapeDtypeStruct((1, 8, 512, dim), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((8, 512, 512), jnp.float32)
     options = {"bias": bias}
-    call = _read.read(q, q, q, None, options, platform="gpu", capability=(8, 0)).call
+    call = read.read(q, q, q, None, options, platform="gpu", capability=(8, 0)).call
     found = triton_config.tiles_of(call, direction)
     assert found == triton_config.Tiles(*expected, num_warps=8, num_stages=1)
 
 
 def test_trial_is_what_is_traced(folder):
     with stored.trial({NAME: {"warpgroups": 1, "inner": 32, "stages": 2}}):
-        assert _config.tiles(call_of(causal=True), "forward") == _config.Tiles(1, 32, 2)
-    assert _config.tiles(call_of(causal=True), "forward") == _config.TABLE["forward"][64]
+        assert hopper_config.tiles(call_of(causal=True), "forward") == hopper_config.Tiles(1, 32, 2)
+    assert hopper_config.tiles(call_of(causal=True), "forward") == SHIPPED
 
 
 @pytest.mark.parametrize(

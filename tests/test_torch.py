@@ -12,7 +12,8 @@ import flash_attention_jax
 
 torch = pytest.importorskip("torch", reason="needs torch")
 
-from flash_attention_jax import _torch_bridge, _torch_program, _torch_read  # noqa: E402
+from flash_attention_jax._torch import bridge, read  # noqa: E402
+from flash_attention_jax._torch import program as programs  # noqa: E402
 from flash_attention_jax.torch import jax2torch  # noqa: E402
 
 torch.set_num_threads(1)  # with tensors as small as these, more threads wait for each other
@@ -221,18 +222,18 @@ def test_traced_once_for_each_shape(rng):
 
 def test_backward_is_compiled_once_for_each_shape(rng):
     ours = jax2torch(jnp.cosh)
-    before = _torch_program.gradients._cache_size()
+    before = programs.gradients._cache_size()
     for _ in range(3):
         ours(tensor(rng, 6, grad=True)).sum().backward()
-    assert _torch_program.gradients._cache_size() == before + 1
+    assert programs.gradients._cache_size() == before + 1
 
 
 def test_residuals_that_are_arguments_or_outputs_are_not_copied():
-    program, arrays = _torch_read.read(
+    program, arrays = read.read(
         flash_attention_jax.flash_attention, (torch.zeros(1, 2, 8, 4),) * 3, {}
     )
-    wanted, given = (True,) * 3, [_torch_bridge.to_jax(x) for x in arrays]
-    _, own, tape = _torch_program.value_and_tape(program, wanted, given)
+    wanted, given = (True,) * 3, [bridge.to_jax(x) for x in arrays]
+    _, own, tape = programs.value_and_tape(program, wanted, given)
     kinds = [source for source in tape.sources if source[0] != "own"]
     assert kinds == [("array", 0), ("array", 1), ("array", 2), ("out", 0)]
     assert [x.shape for x in own] == [(1, 2, 8)] * 2  # lse, and what it lacks
@@ -244,10 +245,10 @@ def test_residuals_that_are_arguments_or_outputs_are_not_copied():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool])
 def test_memory_crosses_without_a_copy(dtype):
     x = torch.zeros(64, 8).to(dtype)
-    array = _torch_bridge.to_jax(x)
+    array = bridge.to_jax(x)
     assert array.unsafe_buffer_pointer() == x.data_ptr()
     made = array | array if dtype == torch.bool else array + array
-    (result,) = _torch_bridge.to_torch([made], [array])
+    (result,) = bridge.to_torch([made], [array])
     assert result.data_ptr() == made.unsafe_buffer_pointer()
     assert result.dtype == dtype
 
@@ -255,7 +256,7 @@ def test_memory_crosses_without_a_copy(dtype):
 def test_array_that_lies_where_another_does_is_cloned():
     # As a JAX that forwards arguments to results, or merges equal results, would return it.
     array, other = jnp.ones(64, jnp.float32), jnp.zeros(64, jnp.float32)
-    tensors = _torch_bridge.to_torch([array, other, other], [array])
+    tensors = bridge.to_torch([array, other, other], [array])
     taken = {array.unsafe_buffer_pointer(), *(t.data_ptr() for t in tensors)}
     assert len(taken) == 4
     for found, expected in zip(tensors, (1.0, 0.0, 0.0), strict=True):
@@ -523,7 +524,7 @@ def test_cuda_tensor_and_jax_without_cuda_says_what_to_install():
     if jax.default_backend() == "gpu":
         pytest.skip("needs a JAX without CUDA")
     with pytest.raises(RuntimeError, match=r"`q` must .*cuda:0.*pip install .*\[cuda13\]"):
-        _torch_read.check_device(lambda _: "q", 0, torch.device("cuda:0"))
+        read.check_device(lambda _: "q", 0, torch.device("cuda:0"))
 
 
 def test_output_that_torch_lacks_is_named():

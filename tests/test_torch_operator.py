@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as imported_before  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 
-from flash_attention_jax import _torch_operator, _torch_program  # noqa: E402
+from flash_attention_jax._torch import operator  # noqa: E402
+from flash_attention_jax._torch import program as programs  # noqa: E402
 from flash_attention_jax.torch import (  # noqa: E402
     Attention,
     flash_attention,
@@ -142,11 +143,11 @@ def test_compiled_backward_runs_no_forward_again(rng):
     def model(q):
         return flash_attention(q, q, q, causal=True).sum()
 
-    steps = set(_torch_operator.STEPS)
+    steps = set(operator.STEPS)
     full_graph(model)(tensor(rng, *SHAPE)).backward()
-    made = [_torch_operator.STEPS[key] for key in set(_torch_operator.STEPS) - steps]
+    made = [operator.STEPS[key] for key in set(operator.STEPS) - steps]
     functions = {step.function for step in made}
-    assert functions == {_torch_program.value_and_tape, _torch_program.gradients}
+    assert functions == {programs.value_and_tape, programs.gradients}
 
 
 def test_inductor_compiles_it(rng):
@@ -296,9 +297,9 @@ def test_graph_of_another_process_says_so():
 @pytest.mark.parametrize("grad", [False, True])
 def test_operator_passes_torchs_own_check(rng, grad):
     x = tensor(rng, 3, grad=grad)
-    steps = set(_torch_operator.STEPS)
+    steps = set(operator.STEPS)
     make_fx(jax2torch(lambda x: x**3))(x)
-    (key,) = set(_torch_operator.STEPS) - steps
+    (key,) = set(operator.STEPS) - steps
     torch.library.opcheck(torch.ops.flash_attention_jax.call.default, (key, [x]))
 
 

@@ -23,7 +23,9 @@ import numpy as np
 import optax
 import pytest
 
-from flash_attention_jax import _curves, _loop, data, train
+from flash_attention_jax import data, train
+from flash_attention_jax._training import curves as drawing
+from flash_attention_jax._training import loop
 from flash_attention_jax.data import InputError, byte_entropy, load_text
 from flash_attention_jax.transformer import CausalTransformer, generate
 
@@ -67,7 +69,7 @@ def config_of(text, **changes):
 
 def losses_in(out):
     """The losses in the log of a run."""
-    return _curves.read(out)["bits_per_byte"].astype(np.float32)
+    return drawing.read(out)["bits_per_byte"].astype(np.float32)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
@@ -120,8 +122,8 @@ def test_accumulated_batches_are_one_large_batch(text_file, tmp_path):
     for accumulate in (1, 4):
         config = config_of(text, batch=4 // accumulate, accumulate=accumulate)
         train.fit(config, text, tmp_path / str(accumulate))
-    whole = _curves.read(tmp_path / "1")
-    parts = _curves.read(tmp_path / "4")
+    whole = drawing.read(tmp_path / "1")
+    parts = drawing.read(tmp_path / "4")
     for name in ("bits_per_byte", "gradient_norm"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4)
     assert len(whole["step"]) == 6
@@ -159,8 +161,8 @@ def test_log_has_a_row_for_each_step_and_validations_where_asked(text_file, tmp_
     out = tmp_path / "run"
     argv = options(text_file, out, "--validate-every", "4", "--sample-every", "3")
     assert train.train_main(argv) == 0
-    curves = _curves.read(out)
-    assert tuple(curves) == _curves.COLUMNS
+    curves = drawing.read(out)
+    assert tuple(curves) == drawing.COLUMNS
     np.testing.assert_array_equal(curves["step"], np.arange(1, 7))
     assert np.flatnonzero(np.isfinite(curves["validation"])).tolist() == [3, 5]  # and the last
     assert (curves["tokens_per_second"] > 0).all()
@@ -171,7 +173,7 @@ def test_log_has_a_row_for_each_step_and_validations_where_asked(text_file, tmp_
     assert re.findall(r"^--- after (\d) steps", samples, re.MULTILINE) == ["3", "6"]
     # Validation and samples do not touch the run.
     assert train.train_main(options(text_file, tmp_path / "plain", "--validate-every", "0")) == 0
-    plain = _curves.read(tmp_path / "plain")
+    plain = drawing.read(tmp_path / "plain")
     assert np.isnan(plain["validation"]).all()
     np.testing.assert_array_equal(plain["bits_per_byte"], curves["bits_per_byte"])
 
@@ -190,31 +192,31 @@ def test_run_leaves_a_picture_and_a_summary(text_file, tmp_path, capsys):
 
 
 def test_rows_after_the_checkpoint_and_a_row_cut_short_are_forgotten(tmp_path):
-    with _curves.Curves(tmp_path, done=0) as curves:
+    with drawing.Curves(tmp_path, done=0) as curves:
         for step in (1, 2, 3):
             curves.add(step=step, bits_per_byte=np.float32(1 / step))
     with (tmp_path / "log.csv").open("a") as file:
         file.write("4,0.2")
-    assert _curves.read(tmp_path)["step"].tolist() == [1, 2, 3]
-    with _curves.Curves(tmp_path, done=2) as curves:
+    assert drawing.read(tmp_path)["step"].tolist() == [1, 2, 3]
+    with drawing.Curves(tmp_path, done=2) as curves:
         curves.add(step=3, bits_per_byte=0.5, validation=0.25)
-    found = _curves.read(tmp_path)
+    found = drawing.read(tmp_path)
     assert found["step"].tolist() == [1, 2, 3]
     assert found["bits_per_byte"].tolist() == [1, 0.5, 0.5]
     np.testing.assert_array_equal(found["validation"], [np.nan, np.nan, 0.25])
 
 
 def test_mean_in_the_picture_is_that_of_the_last_steps():
-    np.testing.assert_allclose(_curves._smooth(np.arange(40.0))[[0, 1, 2, 39]], [0, 0.5, 1.5, 38.5])
-    np.testing.assert_array_equal(_curves._smooth(np.asarray([3.0])), [3.0])
+    np.testing.assert_allclose(drawing._smooth(np.arange(40.0))[[0, 1, 2, 39]], [0, 0.5, 1.5, 38.5])
+    np.testing.assert_array_equal(drawing._smooth(np.asarray([3.0])), [3.0])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_picture_of_a_run_that_has_hardly_begun_is_drawn(tmp_path, steps):
-    with _curves.Curves(tmp_path, done=0) as curves:
+    with drawing.Curves(tmp_path, done=0) as curves:
         for step in range(steps):
             curves.add(step=step + 1, bits_per_byte=8.0, gradient_norm=1.0, learning_rate=0.0)
-    assert _curves.draw(tmp_path, "nothing yet").read_bytes().startswith(b"\x89PNG")
+    assert drawing.draw(tmp_path, "nothing yet").read_bytes().startswith(b"\x89PNG")
 
 
 class Writer:
@@ -237,12 +239,12 @@ def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path, monkeypatch):
     module.Writer = Writer
     monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
     monkeypatch.setitem(sys.modules, "tensorboard", type(sys)("tensorboard"))
-    monkeypatch.setattr(_curves, "find_spec", lambda name: name == "tensorboard")
-    with _curves.Curves(tmp_path, done=0) as curves:
+    monkeypatch.setattr(drawing, "find_spec", lambda name: name == "tensorboard")
+    with drawing.Curves(tmp_path, done=0) as curves:
         curves.add(step=1, bits_per_byte=8.0)
     assert Writer.written == [(str(tmp_path / "tensorboard"), "bits_per_byte", 8.0, 1), "closed"]
-    monkeypatch.setattr(_curves, "find_spec", lambda name: None)
-    with _curves.Curves(tmp_path, done=0) as curves:
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    with drawing.Curves(tmp_path, done=0) as curves:
         curves.add(step=1, bits_per_byte=8.0)
     assert len(Writer.written) == 2
 
@@ -250,7 +252,7 @@ def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path, monkeypatch):
 def test_real_tensorboard_writes_its_file(tmp_path):
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("needs tensorboard")
-    with _curves.Curves(tmp_path, done=0) as curves:
+    with drawing.Curves(tmp_path, done=0) as curves:
         curves.add(step=1, bits_per_byte=8.0)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"bits_per_byte" in events.read_bytes()
@@ -259,16 +261,16 @@ def test_real_tensorboard_writes_its_file(tmp_path):
 def test_broken_tensorboard_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", type(sys)("tensorboard"))
     monkeypatch.setitem(sys.modules, "tensorboard.summary", type(sys)("tensorboard.summary"))
-    monkeypatch.setattr(_curves, "find_spec", lambda name: name == "tensorboard")
-    with _curves.Curves(tmp_path, done=0) as curves:
+    monkeypatch.setattr(drawing, "find_spec", lambda name: name == "tensorboard")
+    with drawing.Curves(tmp_path, done=0) as curves:
         curves.add(step=1, bits_per_byte=8.0)
     assert "TensorBoard is installed and does not import" in capsys.readouterr().out
-    assert _curves.read(tmp_path)["bits_per_byte"].tolist() == [8.0]
+    assert drawing.read(tmp_path)["bits_per_byte"].tolist() == [8.0]
 
 
 def test_progress_shows_the_speed_without_the_first_step(capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), accumulate=2)
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    with loop._progress(config, 0, "train", shown=True) as progress:
         for loss, seconds in ((9.0, 60.0), (7.0, 0.25), (5.0, 0.75)):
             progress({"bits_per_byte": np.float32(loss)}, seconds)
     # 2 batches of 4 sequences of 16 tokens in half a second on average.
@@ -278,7 +280,7 @@ def test_progress_shows_the_speed_without_the_first_step(capsys):
 def test_progress_in_a_pipe_is_whole_lines(capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), steps=25)
     for done, shown in ((0, True), (22, True), (0, False)):
-        with _loop._progress(config, done, "train", shown=shown) as progress:
+        with loop._progress(config, done, "train", shown=shown) as progress:
             for _ in range(done, 25):
                 progress({"bits_per_byte": np.float32(8.0)}, 0.5)
         said = capsys.readouterr().err
@@ -291,8 +293,8 @@ def test_progress_in_a_pipe_is_whole_lines(capsys):
 def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
     config = config_of(type("T", (), {"fingerprint": ""}), steps=10_000)
     now = [0.0]
-    monkeypatch.setattr(_loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with loop._progress(config, 0, "train", shown=True) as progress:
         for _ in range(8):
             now[0] += 25.0
             progress({"bits_per_byte": np.float32(8.0)}, 25.0)
@@ -303,7 +305,7 @@ def test_progress_of_slow_steps_is_a_line_a_minute(monkeypatch, capsys):
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     config = config_of(type("T", (), {"fingerprint": ""}))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with _loop._progress(config, 0, "train", shown=True) as progress:
+    with loop._progress(config, 0, "train", shown=True) as progress:
         progress({"bits_per_byte": np.float32(8.0)}, 0.5)
     said = capsys.readouterr().err
     assert re.search(r"\rtrain: +17%.*1/6 .*128 tokens/s, 8.000 bits/byte\]", said)
@@ -829,7 +831,7 @@ def test_generation_refuses_what_it_cannot_do(change, message):
 
 def test_text_of_a_sample_is_safe_to_print():
     tokens = np.frombuffer("é\x1b[2J\ta\nb".encode() + b"\xff", np.uint8)
-    assert _loop._printable(tokens) == "é?[2J a\nb\ufffd"
+    assert loop._printable(tokens) == "é?[2J a\nb\ufffd"
 
 
 def test_resume_command_names_this_python(monkeypatch, tmp_path):

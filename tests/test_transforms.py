@@ -9,8 +9,9 @@ import pytest
 from jax import export, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flash_attention_jax import _front, dot_product_attention, flash_attention
-from flash_attention_jax._subject import QUICK
+from flash_attention_jax import dot_product_attention, flash_attention
+from flash_attention_jax._api import run
+from flash_attention_jax._conformance.subject import QUICK
 
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
@@ -240,11 +241,11 @@ def test_calls_of_the_same_shapes_are_traced_once(arrays):
     basic = [arrays[name] for name in BASIC]
     call(*basic)
     grad(*basic)
-    before = _front._run._cache_size()
+    before = run._run._cache_size()
     for factor in (2.0, 3.0):
         call(*(factor * x for x in basic))
         grad(*(factor * x for x in basic))
-    assert _front._run._cache_size() == before
+    assert run._run._cache_size() == before
 
 
 def test_export(arrays):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_attention_jax import _read, explain, flash_attention
+from flash_attention_jax import explain, flash_attention
+from flash_attention_jax._api import read
 from flash_attention_jax.kernels import triton_config, triton_support
 
 
@@ -203,13 +204,13 @@ def test_every_tile_of_the_tables_is_a_candidate():
 )
 def test_float32_is_tf32_only_when_asked(precision, want):
     q = np.zeros((1, 1, 8, 8), np.float32)
-    call = _read.read(q, q, q, None, {"precision": precision}, **gpu(8, 0)).call
+    call = read.read(q, q, q, None, {"precision": precision}, **gpu(8, 0)).call
     assert triton_config.input_precision(call) == want
 
 
 def test_float32_is_what_the_context_says():
     q = np.zeros((1, 1, 8, 8), np.float32)
-    call = _read.read(q, q, q, None, {}, **gpu(8, 0)).call
+    call = read.read(q, q, q, None, {}, **gpu(8, 0)).call
     with jax.default_matmul_precision("tensorfloat32"):
         assert triton_config.input_precision(call) == "tf32"
     with jax.default_matmul_precision("highest"):
@@ -231,7 +232,7 @@ def test_forward_and_backward_lower_for_cuda(case):
     reason = triton_support._lowering_why_not(80)
     if reason is not None:
         pytest.skip(reason)
-    from flash_attention_jax import _blocked
+    from flash_attention_jax._engines import blocked
     from flash_attention_jax.kernels import triton_attention
 
     options = dict(LOWERED[case])
@@ -246,9 +247,9 @@ def test_forward_and_backward_lower_for_cuda(case):
 
     def both(q, k, v, terms):
         def forward(q, k, v, terms):
-            reading = _read.read(q, k, v, None, {**static, **terms}, **how, **gpu(8, 0))
-            given = _read.arrays(reading.call, reading.given)
-            return triton_attention.attend(_blocked.attend, reading.call, given)
+            reading = read.read(q, k, v, None, {**static, **terms}, **how, **gpu(8, 0))
+            given = read.arrays(reading.call, reading.given)
+            return triton_attention.attend(blocked.attend, reading.call, given)
 
         out, pull = jax.vjp(forward, q, k, v, terms)
         return out, pull(out)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 import flash_attention_jax
-from flash_attention_jax import _dense, _read, flash_attention, flash_cosine_sim_attention
-from flash_attention_jax._subject import QUICK, difference
-from flash_attention_jax.kernels import _support, triton_support
+from flash_attention_jax import flash_attention, flash_cosine_sim_attention
+from flash_attention_jax._api import read
+from flash_attention_jax._conformance.subject import QUICK, difference
+from flash_attention_jax._core import platform
+from flash_attention_jax._engines import dense
+from flash_attention_jax.kernels import triton_support
 from flash_attention_jax.testing import CLAIMS, Subject, check
 
 missing = triton_support._interpreter_why_not()
@@ -31,7 +34,7 @@ DECLINED = {
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with _support.interpreted():
+    with platform.interpreted():
         yield
 
 
@@ -158,13 +161,13 @@ def test_dropout_keeps_what_the_reference_keeps(origin):
     q, k = jnp.zeros((2, 2, 19, 8), jnp.float32), jnp.zeros((2, 2, 24, 8), jnp.float32)
     v = jnp.broadcast_to(jnp.eye(24, dtype=jnp.float32), (2, 2, 24, 24))
     options = {"dropout_rate": 0.4, "dropout_key": jax.random.key(7)}
-    reading = _read.read(q, k, v, None, options)
-    arrays = _read.arrays(reading.call, reading.given)
+    reading = read.read(q, k, v, None, options)
+    arrays = read.arrays(reading.call, reading.given)
     if origin is not None:
         arrays = arrays._replace(dropout_origin=jnp.array(origin, jnp.int32))
     from flash_attention_jax.kernels import triton_attention
 
-    out = triton_attention.attend(_dense.attend, reading.call, arrays).out
-    want = _dense.attend(reading.call, arrays).out
+    out = triton_attention.attend(dense.attend, reading.call, arrays).out
+    want = dense.attend(reading.call, arrays).out
     assert np.array_equal(np.asarray(out) != 0, np.asarray(want) != 0)
     assert 0.5 < (np.asarray(out) != 0).mean() < 0.7

@@ -1,0 +1,1 @@
+"""What the Flax layers of linen and nnx share: the layer itself, and their `attention_fn`."""
