@@ -11,7 +11,7 @@ from flash_attention_jax import flash_attention
 from flash_attention_jax._api import read
 from flash_attention_jax._conformance.subject import QUICK
 from flash_attention_jax._core import masks, tiles
-from flash_attention_jax._engines import blocked, online
+from flash_attention_jax._engines import blocked_backward, online
 
 D = 16
 SHORT, LONG = 4096, 16384
@@ -241,7 +241,7 @@ def test_excluded_blocks_are_not_visited_when_the_program_runs(name, share, monk
 
         return wrapped
 
-    gradients = blocked._Gradients
+    gradients = blocked_backward._Gradients
     monkeypatch.setattr(online, "step", counting(online.step, "forward"))
     monkeypatch.setattr(gradients, "__call__", counting(gradients.__call__, "backward"))
     jax.clear_caches()  # so that the counting functions are traced, here and not in the next test

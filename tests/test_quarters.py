@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flash_attention_jax import dot_product_attention, flash_attention, flash_cosine_sim_attention
-from flash_attention_jax._engines import blocked, online
+from flash_attention_jax._engines import blocked_plan, online
 
 B, N, T, S, D = 2, 4, 16, 24, 6
 BLOCK = 8
@@ -44,7 +44,7 @@ CALLS = {
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(blocked, "_LARGE", BLOCK * BLOCK // 2)
+    monkeypatch.setattr(blocked_plan, "LARGE", BLOCK * BLOCK // 2)
     jax.clear_caches()
     yield
     jax.clear_caches()

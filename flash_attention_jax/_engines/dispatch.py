@@ -8,7 +8,7 @@ from typing import Any
 
 from flash_attention_jax._core.call import Arrays, Call
 from flash_attention_jax._core.results import Results
-from flash_attention_jax._engines import blocked, checkpointed, dense
+from flash_attention_jax._engines import blocked, blocked_backward, checkpointed, dense
 from flash_attention_jax._engines.recomputed import recomputing
 from flash_attention_jax.kernels import hopper_support, triton_support
 
@@ -81,7 +81,7 @@ TABLE = (
         "blocked",
         blocked.why_not,
         blocked.attend,
-        gradients=blocked.gradients,
+        gradients=blocked_backward.gradients,
         unrounded=blocked.unrounded,
     ),
     # Every mode of differentiation, about twice the work backward.

@@ -34,7 +34,7 @@ from flash_attention_jax._core.results import Results, merge_stacked, saved
 from flash_attention_jax._core.similarity import normalised
 from flash_attention_jax._core.tiles import Tile
 from flash_attention_jax._core.varying import full, unified
-from flash_attention_jax._engines import blocked
+from flash_attention_jax._engines import blocked, blocked_backward
 from flash_attention_jax._engines.dispatch import Engine
 from flash_attention_jax._parallel.parts import Part, Run, sees_any
 
@@ -342,7 +342,7 @@ def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Block
         home = jax.tree.map(jnp.add, home, received)
     found = still | home
     if sinks is not None:
-        found |= blocked.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
+        found |= blocked_backward.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
     return {name: found[name].astype(x.dtype) for name, x in floats.items()}, None
 
 
