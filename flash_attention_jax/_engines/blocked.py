@@ -16,13 +16,14 @@ from jax import lax
 
 from flash_attention_jax._core import masks
 from flash_attention_jax._core.call import DIFFERENTIABLE, Arrays, Call, roles
-from flash_attention_jax._core.results import Results, saved
+from flash_attention_jax._core.results import Results
 from flash_attention_jax._core.similarity import normalised
 from flash_attention_jax._core.tiles import Plan, Tile
 from flash_attention_jax._core.varying import full, unified
 from flash_attention_jax._engines import online
 from flash_attention_jax._engines.blocked_backward import gradients
 from flash_attention_jax._engines.blocked_plan import by_quarters, chains, forward_plan, walk
+from flash_attention_jax._engines.rule import with_gradients
 
 _QUERIES = 3
 """Axis of the queries in `online.Carry` and in a block of queries."""
@@ -165,22 +166,5 @@ def _with_rows(x: jax.Array, rows: jax.Array, number: jax.Array, size: int) -> j
     return lax.dynamic_update_slice_in_dim(x, rows, number * size, _QUERIES)
 
 
-def _attend_forward(call: Call, floats: Blocks, others: Blocks) -> tuple[Any, Any]:
-    results = saved(_attend(call, floats, others))
-    return results, (floats, others, results)
-
-
-def _attend_backward(call: Call, residuals: Any, cotangents: Any) -> tuple[Blocks, None]:
-    """Every gradient, wanted or not; the compiler drops a sum over blocks that nobody reads.
-
-    So the added terms have a sum of their own: a constant bias costs no gradient. To ask
-    `custom_vjp` which inputs are differentiated (`symbolic_zeros`) was tried and is wrong under
-    `jax.checkpoint`, which may run a rule that was traced for other inputs.
-    """
-    floats, others, results = residuals
-    found = gradients(call, floats, others, results, cotangents[:2])
-    return {name: x.astype(floats[name].dtype) for name, x in found.items()}, None
-
-
-_attend: Any = jax.custom_vjp(_attend_rule, nondiff_argnums=(0,))
-_attend.defvjp(_attend_forward, _attend_backward)
+# The added terms have a sum of their own in `gradients`, so a constant bias costs no gradient.
+_attend = with_gradients(_attend_rule, gradients)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -28,10 +28,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flash_attention_jax._core import dropout
 from flash_attention_jax._core.call import Arrays, Call, Size, roles
-from flash_attention_jax._core.results import Results, saved
+from flash_attention_jax._core.results import Results
 from flash_attention_jax._core.similarity import normalised
 from flash_attention_jax._engines.blocked import split
 from flash_attention_jax._engines.dispatch import Engine
+from flash_attention_jax._engines.rule import with_gradients
 
 Blocks = dict[str, Any]
 Names = tuple[str, ...]
@@ -58,7 +59,7 @@ def attend(engine: Engine, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.A
     if kinds != {AxisType.Auto} or engine.gradients is None:
         return engine.attend(call, arrays)[:2]
     prepared = normalised(call, arrays) if engine.normalised else arrays
-    out, lse, _ = _attend(engine, call, *split(prepared))
+    out, lse, _ = _attend(_Task(engine, call), *split(prepared))
     return out.astype(call.dtype), lse
 
 
@@ -323,54 +324,49 @@ def _gradients_of(engine: Engine, names: Names) -> Any:
     return gradients
 
 
-def _rule(engine: Engine, call: Call, floats: Blocks, others: Blocks) -> Results:
+class _Task(NamedTuple):
+    """What is static: who computes, and what."""
+
+    engine: Engine
+    call: Call
+
+
+def _rule(task: _Task, floats: Blocks, others: Blocks) -> Results:
     names = Results._fields
-    shapes = {name: call.shape(roles(call.layout, name)) for name in names}
-    return Results(**_run(_forward_of(engine), call, floats | others, names, shapes))
+    shapes = {name: task.call.shape(roles(task.call.layout, name)) for name in names}
+    forward = _forward_of(task.engine)
+    return Results(**_run(forward, task.call, floats | others, names, shapes))
 
 
-_attend: Any = jax.custom_vjp(_rule, nondiff_argnums=(0, 1))
-
-
-def _attend_forward(engine: Engine, call: Call, floats: Blocks, others: Blocks) -> Any:
-    results = saved(_attend(engine, call, floats, others))
-    return results, (floats, others, results)
-
-
-def _attend_backward(engine: Engine, call: Call, residuals: Any, ct: Any) -> Any:
-    floats, others, results = residuals
-    moving = floats | results._asdict() | {"dout": ct.out, "dlse": ct.lse}
-    found = _gradients(engine, call, tuple(floats), moving, others)
-    return {name: found[name].astype(x.dtype) for name, x in floats.items()}, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _gradients_rule(
-    engine: Engine, call: Call, names: Names, moving: Blocks, others: Blocks
-) -> Blocks:
+def _gradients_rule(task: _Task, names: Names, moving: Blocks, others: Blocks) -> Blocks:
     shapes = {name: moving[name].shape for name in names}
-    return _run(_gradients_of(engine, names), call, moving | others, names, shapes)
+    return _run(_gradients_of(task.engine, names), task.call, moving | others, names, shapes)
 
 
-_gradients: Any = jax.custom_vjp(_gradients_rule, nondiff_argnums=(0, 1, 2))
+# `custom_partitioning` has no derivative, so the gradients need a rule of their own.
+_gradients: Any = jax.custom_vjp(_gradients_rule, nondiff_argnums=(0, 1))
 
 
-def _gradients_forward(
-    engine: Engine, call: Call, names: Names, moving: Blocks, others: Blocks
-) -> Any:
-    return _gradients(engine, call, names, moving, others), (moving, others)
+def _gradients_forward(task: _Task, names: Names, moving: Blocks, others: Blocks) -> Any:
+    return _gradients(task, names, moving, others), (moving, others)
 
 
-def _gradients_backward(
-    engine: Engine, call: Call, names: Names, residuals: Any, second: Blocks
-) -> Any:
+def _gradients_backward(task: _Task, names: Names, residuals: Any, second: Blocks) -> Any:
     """The second derivative is the engine's own, and XLA's to cut."""
     moving, others = residuals
-    function = _gradients_of(engine, names)
-    _, pull = jax.vjp(lambda moving: function(call, moving | others), moving)
+    function = _gradients_of(task.engine, names)
+    _, pull = jax.vjp(lambda moving: function(task.call, moving | others), moving)
     return pull(second)[0], None
 
 
 _gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _first(task: _Task, floats: Blocks, others: Blocks, results: Results, cotangents: Any) -> Any:
+    """The gradients, of inputs that include the results and their cotangents."""
+    dout, dlse = cotangents
+    moving = floats | results._asdict() | {"dout": dout, "dlse": dlse}
+    return _gradients(task, tuple(floats), moving, others)
+
+
+_attend = with_gradients(_rule, _first)

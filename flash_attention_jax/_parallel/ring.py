@@ -30,12 +30,13 @@ from jax import lax
 
 from flash_attention_jax._core import masks
 from flash_attention_jax._core.call import ROLES, Arrays, Call
-from flash_attention_jax._core.results import Results, merge_stacked, saved
+from flash_attention_jax._core.results import Results, merge_stacked
 from flash_attention_jax._core.similarity import normalised
 from flash_attention_jax._core.tiles import Tile
 from flash_attention_jax._core.varying import full, unified
 from flash_attention_jax._engines import blocked, blocked_backward
 from flash_attention_jax._engines.dispatch import Engine
+from flash_attention_jax._engines.rule import with_gradients
 from flash_attention_jax._parallel.parts import Part, Run, sees_any
 
 Blocks = dict[str, Any]
@@ -268,18 +269,10 @@ def _rule(ring: Ring, floats: Blocks, others: Blocks) -> Results:
     return _walk(ring, Arrays(**floats, **others))
 
 
-_attend: Any = jax.custom_vjp(_rule, nondiff_argnums=(0,))
-
-
-def _attend_forward(ring: Ring, floats: Blocks, others: Blocks) -> tuple[Any, Any]:
-    results = saved(_attend(ring, floats, others))
-    return results, (floats, others, results)
-
-
-def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Blocks, None]:
+def _gradients(
+    ring: Ring, floats: Blocks, others: Blocks, results: Results, cotangents: Any
+) -> Blocks:
     """Each part's share, from the results of the whole; dk and dv follow the keys."""
-    floats, others, results = residuals
-    cotangents = cotangents[:2]
     gradients = ring.engine.gradients
     if gradients is None:
         raise RuntimeError("JAX differentiates what this engine computes.")
@@ -343,7 +336,7 @@ def _attend_backward(ring: Ring, residuals: Any, cotangents: Any) -> tuple[Block
     found = still | home
     if sinks is not None:
         found |= blocked_backward.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
-    return {name: found[name].astype(x.dtype) for name, x in floats.items()}, None
+    return found
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = with_gradients(_rule, _gradients)
