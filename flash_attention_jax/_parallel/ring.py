@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,10 @@ from flash_attention_jax._engines.rule import with_gradients
 from flash_attention_jax._parallel.parts import Part, Run, sees_any
 
 Blocks = dict[str, Any]
+Visit = Callable[[Any, Blocks, Any], tuple[Any, Blocks]]
+
 MOVING = ("k", "v", "kv_segment_ids")
+"""What travels: the keys and all that belongs to them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,62 +180,107 @@ def attend_ring(ring: Ring, arrays: Arrays) -> Results:
     if ring.engine.normalised:
         arrays = normalised(ring.call, arrays)
     arrays, _ = unified((arrays, device))
-    if ring.engine.gradients is None:
-        results = _walk(ring, arrays)
-    else:
-        results = _attend(ring, *blocked.split(arrays))
+    attend = _forward if ring.engine.gradients is None else _attend
+    results = attend(ring, *blocked.split(arrays))
     return results._replace(out=results.out.astype(ring.call.dtype))
+
+
+def tour(ring: Ring, keys: Blocks, visit: Visit, carry: Any) -> tuple[Any, Blocks]:
+    """Show a device the keys of every owner that it needs, and bring home what its own keys gain.
+
+    The keys go round; each device computes with those that are there while it sends them on. What
+    they gain on the way (dk and dv, in the backward) follows one hop behind and is sent home at the
+    end of a sweep. With four devices, two sweeps and full attention, whose keys are where:
+
+        device            0  1  2  3
+        at first          0  1  2  3
+        sweep +1, hop 1   3  0  1  2
+                  hop 2   2  3  0  1
+        sweep -1, hop 1   1  2  3  0
+
+    Args:
+        ring: What is static.
+        keys: The device's own arrays that travel.
+        visit: (owner, keys, carry) -> carry, and what those keys gain here: arrays by name, none in
+            the forward.
+        carry: What stays on the device.
+
+    Returns:
+        The carry after all visits, and the sum of what the device's own keys gained everywhere.
+    """
+    device = lax.axis_index(ring.axis)
+    carry, gained = visit(device, keys, carry)
+    if not ring.sweeps:
+        return carry, gained
+    home = jax.tree.map(jnp.zeros_like, gained)
+    for number, sweep in enumerate(ring.sweeps):
+        here, first = ring.send(keys, sweep.direction, sweep.links), 1
+        if number and gained:
+            # What the own keys gained here has left with the first sweep, so nothing arrives with
+            # the first keys of another.
+            then = ring.send(here, sweep.direction, sweep.links) if sweep.hops > 1 else here
+            carry, gained = visit(ring.owner(device, sweep, 1), here, carry)
+            here, first = then, 2
+
+        def hop(state: Any, number: Any, sweep: Sweep = sweep) -> tuple[Any, None]:
+            here, gained, carry = state
+            # Sent while the part is computed; after the last hop there is nowhere to go.
+            then = here if number is None else ring.send(here, sweep.direction, sweep.links)
+            arrived = ring.send(gained, sweep.direction)
+            owner = ring.owner(device, sweep, sweep.hops if number is None else number)
+            carry, more = visit(owner, here, carry)
+            return (then, jax.tree.map(jnp.add, arrived, more), carry), None
+
+        state = (here, gained, carry)
+        numbers = jnp.arange(first, sweep.hops, dtype=jnp.int32)
+        if numbers.size:
+            state, _ = lax.scan(hop, state, numbers)
+        if first <= sweep.hops:
+            state, _ = hop(state, None)
+        _, gained, carry = state
+        home = jax.tree.map(jnp.add, home, ring.send(gained, -sweep.direction * sweep.hops))
+    return carry, home
 
 
 # --- forward ---
 
 
-def _walk(ring: Ring, arrays: Arrays) -> Results:
+def _forward(ring: Ring, floats: Blocks, others: Blocks) -> Results:
     """The results, with out in the accumulator's dtype."""
     call, device = ring.local, lax.axis_index(ring.axis)
+    arrays = Arrays(**floats, **others)
     fixed, keys = _apart(arrays)
-    nothing = Results(
+    no_keys = Results(
         *(
             full(call.shape(ROLES[name][call.layout]), value, call.acc_dtype, arrays)
             for name, value in (("out", 0), ("lse", -jnp.inf), ("low", 0))
         )
     )
 
-    def visit(owner: Any, moving: Blocks, carry: Any) -> Any:
+    def visit(owner: Any, moving: Blocks, results: Results) -> tuple[Results, Blocks]:
         here = Arrays(**fixed, **moving)
 
-        def one(carry: Any, part: Part) -> Any:
+        def merge(results: Results, part: Part) -> Results:
             smaller, cut = part.record(here)
             cut = unified(cut)
 
-            def compute(carry: Results) -> Results:
-                have = Results(*map(part.cut, Results._fields, carry))
-                merged = _merged(have, ring.engine.of_part(smaller, cut))
-                return Results(*map(part.put, Results._fields, carry, merged))
+            def compute(results: Results) -> Results:
+                before = Results(*map(part.cut, Results._fields, results))
+                merged = _merged(before, ring.engine.of_part(smaller, cut))
+                return Results(*map(part.put, Results._fields, results, merged))
 
-            return _where(sees_any(smaller, cut), compute, carry)
+            return _where(sees_any(smaller, cut), compute, results)
 
-        return _over_parts(ring, device, owner, one, carry)
+        return _over_parts(ring, device, owner, merge, results), {}
 
-    carry = nothing
-    for number, sweep in enumerate(ring.sweeps or (Sweep(1, 0, ()),)):
-
-        def step(state: Any, hop: jax.Array, sweep: Sweep = sweep) -> tuple[Any, None]:
-            moving, carry = state
-            sent = ring.send(moving, sweep.direction, sweep.links)
-            return (sent, visit(ring.owner(device, sweep, hop), moving, carry)), None
-
-        moving = ring.send(keys, sweep.direction, sweep.links) if number else keys
-        hops = jnp.arange(1 if number else 0, sweep.hops, dtype=jnp.int32)
-        if hops.size:
-            (moving, carry), _ = lax.scan(step, (moving, carry), hops)
-        carry = visit(ring.owner(device, sweep, sweep.hops), moving, carry)
+    results, _ = tour(ring, keys, visit, no_keys)
     if arrays.sinks is None:
-        return carry
+        return results
+    # A sink belongs to no key: it joins once, as a part whose out is 0.
     tile = Tile.whole(call)
     sinks = tile.take(arrays.sinks, "n", "bhri").astype(call.acc_dtype)
-    sinks = tile.put(carry.lse, ROLES["lse"][call.layout], sinks, "bhri")
-    return _merged(carry, Results(jnp.zeros_like(carry.out), sinks, jnp.zeros_like(sinks)))
+    sinks = tile.put(results.lse, ROLES["lse"][call.layout], sinks, "bhri")
+    return _merged(results, Results(jnp.zeros_like(results.out), sinks, jnp.zeros_like(sinks)))
 
 
 def _merged(*parts: Results) -> Results:
@@ -246,13 +295,13 @@ def _apart(arrays: Arrays) -> tuple[Blocks, Blocks]:
     return present, {name: present.pop(name) for name in MOVING if name in present}
 
 
-def _over_parts(ring: Ring, device: Any, owner: Any, one: Any, carry: Any) -> Any:
+def _over_parts(ring: Ring, device: Any, owner: Any, compute: Any, carry: Any) -> Any:
     """Every run of the device's queries against every run of the owner's keys, in one order."""
     if ring.runs == 1:
-        return one(carry, ring.part(device, owner, 0, 0))
+        return compute(carry, ring.part(device, owner, 0, 0))
 
     def step(carry: Any, pair: jax.Array) -> tuple[Any, None]:
-        return one(carry, ring.part(device, owner, pair // 2, pair % 2)), None
+        return compute(carry, ring.part(device, owner, pair // 2, pair % 2)), None
 
     return lax.scan(step, carry, jnp.arange(4, dtype=jnp.int32))[0]
 
@@ -265,10 +314,6 @@ def _where(some: jax.Array | None, compute: Any, carry: Any) -> Any:
 # --- backward ---
 
 
-def _rule(ring: Ring, floats: Blocks, others: Blocks) -> Results:
-    return _walk(ring, Arrays(**floats, **others))
-
-
 def _gradients(
     ring: Ring, floats: Blocks, others: Blocks, results: Results, cotangents: Any
 ) -> Blocks:
@@ -278,65 +323,35 @@ def _gradients(
         raise RuntimeError("JAX differentiates what this engine computes.")
     fixed, keys = _apart(Arrays(**floats, **others))
     device, sinks = lax.axis_index(ring.axis), fixed.pop("sinks", None)
-    sums = {
+    zeros = {
         name: full(x.shape, 0, ring.call.acc_dtype, floats)
         for name, x in floats.items()
         if name != "sinks"
     }
-    still, travelling = _apart(Arrays(**{"q": None, "k": None, "v": None} | sums))
+    staying, travelling = _apart(Arrays(**{"q": None, "k": None, "v": None} | zeros))
 
-    def visit(owner: Any, moving: Blocks, totals: Blocks) -> Blocks:
+    def visit(owner: Any, moving: Blocks, staying: Blocks) -> tuple[Blocks, Blocks]:
         here = Arrays(**fixed, **moving)
 
-        def one(totals: Blocks, part: Part) -> Blocks:
+        def add(sums: Blocks, part: Part) -> Blocks:
             smaller, cut = part.record(here)
             cut = unified(cut)
 
-            def compute(totals: Blocks) -> Blocks:
+            def compute(sums: Blocks) -> Blocks:
                 rows = Results(*map(part.cut, Results._fields, results))
                 ct = tuple(map(part.cut, ("out", "lse"), cotangents))
                 shares = gradients(smaller, *blocked.split(cut), rows, ct)
-                return {name: part.add(name, x, shares[name]) for name, x in totals.items()}
+                return {name: part.add(name, x, shares[name]) for name, x in sums.items()}
 
-            return _where(sees_any(smaller, cut), compute, totals)
+            return _where(sees_any(smaller, cut), compute, sums)
 
-        return _over_parts(ring, device, owner, one, totals)
+        return _apart(Arrays(**_over_parts(ring, device, owner, add, staying | travelling)))
 
-    def share(owner: Any, moving: Blocks, still: Blocks) -> tuple[Blocks, Blocks]:
-        """The sums that stay, with a device's keys joined; and what those keys receive."""
-        return _apart(Arrays(**visit(owner, moving, still | travelling)))
-
-    still, received = share(device, keys, still)
-    home = received if not ring.sweeps else travelling
-    for number, sweep in enumerate(ring.sweeps):
-
-        def step(state: Any, hop: Any, sweep: Sweep = sweep) -> tuple[Any, None]:
-            moving, received, still = state
-            # Both are sent while the part computes.
-            sent = moving if hop is None else ring.send(moving, sweep.direction, sweep.links)
-            arrived = ring.send(received, sweep.direction)
-            owner = ring.owner(device, sweep, sweep.hops if hop is None else hop)
-            still, gained = share(owner, moving, still)
-            return (sent, jax.tree.map(jnp.add, arrived, gained), still), None
-
-        moving, start = ring.send(keys, sweep.direction, sweep.links), 1
-        if number:  # its first keys have nothing yet that would arrive with them
-            here, start = moving, 2
-            moving = ring.send(here, sweep.direction, sweep.links) if sweep.hops > 1 else here
-            still, received = share(ring.owner(device, sweep, 1), here, still)
-        state = (moving, received, still)
-        hops = jnp.arange(start, sweep.hops, dtype=jnp.int32)
-        if hops.size:
-            state, _ = lax.scan(step, state, hops)
-        if start <= sweep.hops:
-            state, _ = step(state, None)
-        _, received, still = state
-        received = ring.send(received, -sweep.direction * sweep.hops)
-        home = jax.tree.map(jnp.add, home, received)
-    found = still | home
+    staying, home = tour(ring, keys, visit, staying)
+    sums = staying | home
     if sinks is not None:
-        found |= blocked_backward.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
-    return found
+        sums |= blocked_backward.gradients(ring.local, {"sinks": sinks}, {}, results, cotangents)
+    return sums
 
 
-_attend = with_gradients(_rule, _gradients)
+_attend = with_gradients(_forward, _gradients)
