@@ -15,7 +15,7 @@ PRELUDE = """
 import jaxtyping
 with jaxtyping.install_import_hook("flash_attention_jax", "beartype.beartype"):
     import flash_attention_jax as f
-    import flash_attention_jax.compare
+    import flash_attention_jax._commands.check as command
 import jax, jax.numpy as jnp, numpy as np
 
 def normal(*shape, dtype=jnp.float32):
@@ -112,7 +112,7 @@ assert f.apply_rotary(normal(2, 6, 4, 8), layout="heads_last").shape == (2, 6, 4
 
 EXECUTED = """
 # The hook is at work: what the annotations do not allow is refused.
-for bad in (lambda: f._check_command._Problem(8, 1, 1, 8, 3, False, "dot", 0),
+for bad in (lambda: command._Problem(8, 1, 1, 8, 3, False, "dot", 0),
             lambda: f.flash_attention("q", normal(5, 8), normal(5, 8))):
     try:
         bad()

@@ -187,7 +187,7 @@ def largest(cells: list[str]) -> float:
 @pytest.fixture
 def few(monkeypatch):
     """Three engines, one of which declines: every compilation costs a second."""
-    monkeypatch.setattr(check._dispatch, "NAMES", ("triton", "blocked", "dense"))
+    monkeypatch.setattr(check.dispatch, "NAMES", ("triton", "blocked", "dense"))
 
 
 def test_check_prints_a_row_for_every_engine_and_length():
@@ -380,7 +380,7 @@ def test_unknown_command_is_one_line_and_code_2(capsys):
     assert __main__.main(["chek"]) == 2
     assert capsys.readouterr().err == (
         "flash_attention_jax: error: no command 'chek'; "
-        "there are check, demo, train, bench, tune, explain\n"
+        "there are check, demo, train, bench, tune, compile, explain\n"
     )
 
 
