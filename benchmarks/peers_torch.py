@@ -71,7 +71,7 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
     names = workloads.gradients(workload)
     cuda = device() == "cuda"
 
-    def placed() -> dict[str, Any]:
+    def place() -> dict[str, Any]:
         arrays = {}
         for name, x in inputs.items():
             tensor = torch.tensor(x).to(device())
@@ -81,13 +81,13 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
                 arrays[name].requires_grad_(True)
         return arrays
 
-    first = placed()
+    first = place()
     attend = attend_for(torch, workload, first)
     nbytes = sum(x.numel() * x.element_size() for x in first.values())
-    count = measure.rotated(nbytes, "gpu" if cuda else "cpu")
-    sets = [first if index == 0 else placed() for index in range(count)]
+    count = measure.count_sets(nbytes, "gpu" if cuda else "cpu")
+    sets = [first if index == 0 else place() for index in range(count)]
 
-    def once(arrays: dict[str, Any]) -> Any:
+    def call(arrays: dict[str, Any]) -> Any:
         if not backward:
             with torch.no_grad():
                 return attend(arrays)
@@ -101,21 +101,22 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
 
     def calls(number: int) -> None:
         for index in range(number):
-            once(sets[index % count])
+            call(sets[index % count])
         if cuda:
             torch.cuda.synchronize()
 
-    def on_host(x: Any) -> np.ndarray:
+    def to_host(x: Any) -> np.ndarray:
         return x.detach().float().cpu().numpy()
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if cuda else 0
-    found = once(first)
+    outputs = call(first)
     peak = torch.cuda.max_memory_allocated() - held if cuda else None
-    named = ["out", *(f"d{name}" for name in names)]
+    labels = ["out", *(f"d{name}" for name in names)]
     results = {
-        name: on_host(x) for name, x in zip(named, found if backward else [found], strict=False)
+        name: to_host(x)
+        for name, x in zip(labels, outputs if backward else [outputs], strict=False)
     }
 
     def device_seconds() -> float | None:
@@ -124,13 +125,13 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for index in range(5):
-            once(sets[index % count])
+            call(sets[index % count])
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / 5
 
     return Prepared(
-        time=measure.timer(calls),
+        time=measure.make_timer(calls),
         results=lambda: results,
         peak_bytes=peak,
         device_seconds=device_seconds,
@@ -146,12 +147,12 @@ def _sdpa(backend: str | None, torch: Any, w: Workload, arrays: dict[str, Any]) 
 
     def attend(x: dict[str, Any]) -> Any:
         mask = x["mask"][:, None, None] if w.mask_prob else x.get("bias")
-        chosen = (
+        backends = (
             contextlib.nullcontext()
             if kernels is None
             else kernels.sdpa_kernel(getattr(kernels.SDPBackend, backend or ""))
         )
-        with chosen:
+        with backends:
             return torch.nn.functional.scaled_dot_product_attention(
                 x["q"],
                 x["k"],

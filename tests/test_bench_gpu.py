@@ -21,7 +21,7 @@ needs_no_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there 
 
 
 def test_every_row_of_the_known_anchors_is_measured_first():
-    names = [section.name for section in gpu.sections()]
+    names = [section.name for section in gpu.plan_sections()]
     assert len(set(names)) == len(names)
     kinds = ("check", "sweep", "named")
     order = [next((k for k in kinds if name.startswith(k)), "named") for name in names]
@@ -33,7 +33,7 @@ def test_every_row_of_the_known_anchors_is_measured_first():
         for kind in ("full", "causal")
         for said in ("forward", "forward+backward")
     ]
-    every = {section.name: section for section in gpu.sections()}
+    every = {section.name: section for section in gpu.plan_sections()}
     cases = every["sweep-d128-full-16k, forward"].cases
     assert {case.peer for case in cases} >= {"hopper", "triton", "blocked", "tokamax"}
     assert {"jax.nn", "jax.nn cuDNN", "torch FlexAttention"} <= {case.peer for case in cases}
@@ -46,7 +46,7 @@ def test_every_row_of_the_known_anchors_is_measured_first():
 
 
 def test_every_peer_and_workload_is_known():
-    for section in gpu.sections():
+    for section in gpu.plan_sections():
         for case in section.cases:
             assert case.peer in peers.PEERS
             assert dataclasses.replace(case.workload, dtype="float32").name in WORKLOADS
@@ -75,14 +75,12 @@ def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
         )
         return Section(section.name, cases, seconds=0.0, rounds=1)
 
-    wanted = [s for s in gpu.sections() if s.name.startswith("sweep-d64-causal-16k")]
+    wanted = [s for s in gpu.plan_sections() if s.name.startswith("sweep-d64-causal-16k")]
     path = tmp_path / "gpu.json"
     for deadline, left in ((0.0, 2), (float("inf"), 0), (float("inf"), 0)):
         run = suite.Run("gpu", command="a test", path=path, deadline=deadline)
-        run.each(
-            [(s.name, functools.partial(run.timed, small(s))) for s in wanted], then=lambda: None
-        )
-        assert len(run.record["left"]) == left
+        run.take([(s.name, functools.partial(run.time_section, small(s))) for s in wanted])
+        assert len(run.record.left) == left
         run.finish()
     record = tables.load(path)
     rows = [row for row in record["samples"] if row["peer"] == "hopper"]
@@ -130,14 +128,14 @@ def test_process_that_dies_or_hangs_is_replaced(monkeypatch, tmp_path, capfd):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(inner=gpu.INNER))
     monkeypatch.setattr(gpu, "STALLED", 1.0)
-    real = gpu._one_process
+    real = gpu._watch
 
-    def one_process(command, path):
-        assert command[:2] == [sys.executable, gpu.__file__]
+    def watch(words, path):
+        assert words[:2] == [sys.executable, gpu.__file__]
         return real([sys.executable, str(script), str(tmp_path)], path)
 
-    monkeypatch.setattr(gpu, "_one_process", one_process)
-    assert gpu._watched([], tmp_path / "gpu.json", 1.0, fresh=False) == 0
+    monkeypatch.setattr(gpu, "_watch", watch)
+    assert gpu._supervise([], tmp_path / "gpu.json", 1.0, fresh=False) == 0
     assert (tmp_path / "tries").read_text() == "xxx"
     said = capfd.readouterr().err
     assert "The process ended with code 134; going on in a new one." in said
@@ -147,11 +145,11 @@ def test_process_that_dies_or_hangs_is_replaced(monkeypatch, tmp_path, capfd):
 def test_fresh_is_only_for_the_first_process(monkeypatch, tmp_path):
     commands = []
 
-    def one_process(command, path):
-        commands.append(command[2:])
+    def watch(words, path):
+        commands.append(words[2:])
         return 134 if len(commands) == 1 else 0
 
-    monkeypatch.setattr(gpu, "_one_process", one_process)
-    assert gpu._watched(["--fresh"], tmp_path / "gpu.json", 1.0, fresh=True) == 0
+    monkeypatch.setattr(gpu, "_watch", watch)
+    assert gpu._supervise(["--fresh"], tmp_path / "gpu.json", 1.0, fresh=True) == 0
     assert ["--fresh" in command for command in commands] == [True, False]
     assert all(str(tmp_path / "gpu.json") in command for command in commands)

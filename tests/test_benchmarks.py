@@ -17,12 +17,14 @@ from flash_attention_jax import flash_attention, flash_cosine_sim_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import command
 import cpu
 import measure
 import micro
 import named
 import peers
 import plots
+import record as records
 import redraw
 import suite
 import tables
@@ -30,7 +32,7 @@ import workloads
 from workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).parents[1]
-CLAIMS = [(section, claim) for section, claims in cpu.TIMED.items() for claim in claims]
+CLAIMS = [(section, claim) for section, claims in cpu.CLAIMS.items() for claim in claims]
 CASES = {case for _, claim in CLAIMS for case in (claim.above, claim.below)}
 
 
@@ -99,14 +101,14 @@ def test_operations_are_counted_as_the_field_does():
 
 
 def test_every_workload_of_a_plan_and_every_peer_of_it_is_known():
-    for section in [*cpu.sections(), *micro.sections()]:
+    for section in [*cpu.plan_sections(), *micro.plan_sections()]:
         for case in section.cases:
             assert case.peer in peers.PEERS
             assert case.workload.name in WORKLOADS
-    timed = {section.name for section in cpu.sections()}
-    assert set(cpu.TIMED) < timed
+    timed = {section.name for section in cpu.plan_sections()}
+    assert set(cpu.CLAIMS) < timed
     # Three other libraries at least, at each length of the sweep.
-    for section in cpu.sections():
+    for section in cpu.plan_sections():
         if section.name.startswith("seed-") and not section.name.startswith("seed-8k"):
             others = {case.peer for case in section.cases} - {"blocked"}
             assert len(others) >= 3, section.name
@@ -129,8 +131,8 @@ def test_targets_are_those_that_are_promised():
         ("causal-forward", "jax.nn"): (3.5, False),
         ("forward-backward", "jax.nn"): (1.5, False),
         ("causal-forward-backward", "jax.nn"): (2.5, False),
-        **{(s, "torch SDPA"): (0.7, False) for s in cpu.TIMED if "share" not in s},
-        **{(s, "softmax"): (1.05, False) for s in cpu.TIMED if "share" not in s},
+        **{(s, "torch SDPA"): (0.7, False) for s in cpu.CLAIMS if "share" not in s},
+        **{(s, "softmax"): (1.05, False) for s in cpu.CLAIMS if "share" not in s},
         ("causal-share", "causal"): (0.6, True),
         ("window-share", "window"): (0.1, True),
     }
@@ -269,13 +271,13 @@ class Clock:
             self.ran.append(name)
             self.now += seconds
 
-        return functools.partial(measure.seconds, run, self)
+        return functools.partial(measure.time_call, run, self)
 
 
 def test_rounds_run_every_case_once_in_changing_order():
     clock = Clock()
     cases = {name: clock.case(name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 4))}
-    rounds = list(measure.interleaved(cases, 6, clock=clock))
+    rounds = list(measure.interleave(cases, 6, clock=clock))
     assert rounds == [{"a": 1.0, "b": 2.0, "c": 4.0}] * 6
     orders = [tuple(clock.ran[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
@@ -295,7 +297,7 @@ def test_rounds_run_every_case_once_in_changing_order():
 def test_rounds_end_when_the_time_is_spent(limits, count):
     clock = Clock()
     cases = {"a": clock.case("a", 10)}
-    assert len(list(measure.interleaved(cases, 9, clock=clock, **limits))) == count
+    assert len(list(measure.interleave(cases, 9, clock=clock, **limits))) == count
 
 
 def test_short_calls_are_repeated_until_a_clock_can_see_them():
@@ -305,7 +307,7 @@ def test_short_calls_are_repeated_until_a_clock_can_see_them():
         calls.append(count)
         clock.now += 0.001 * count
 
-    time_once = measure.timer(run, clock)
+    time_once = measure.make_timer(run, clock)
     assert time_once() == pytest.approx(0.001)
     assert calls == [1, 20]
     assert time_once() == pytest.approx(0.001)
@@ -313,29 +315,32 @@ def test_short_calls_are_repeated_until_a_clock_can_see_them():
 
 
 def test_inputs_rotate_through_more_than_a_cache():
-    assert measure.rotated(2**20, "gpu") == measure.MOST_SETS
-    assert measure.rotated(2**25, "gpu") * 2**25 == measure.ROTATED_BYTES["gpu"]
-    assert measure.rotated(2**40, "gpu") == 1
+    assert measure.count_sets(2**20, "gpu") == measure.MOST_SETS
+    assert measure.count_sets(2**25, "gpu") * 2**25 == measure.ROTATED_BYTES["gpu"]
+    assert measure.count_sets(2**40, "gpu") == 1
 
 
 def test_failure_says_oom_or_what_was_said():
-    assert measure.failure(MemoryError()) == "oom"
-    assert measure.failure(RuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes.")) == "oom"
-    assert measure.failure(RuntimeError("no kernel\nsecond line")) == "failed: no kernel"
-    assert measure.failure(ValueError("`q` must")) == "failed: ValueError: `q` must"
+    assert measure.describe_failure(MemoryError()) == "oom"
+    assert (
+        measure.describe_failure(RuntimeError("RESOURCE_EXHAUSTED: Out of memory, 9 bytes."))
+        == "oom"
+    )
+    assert measure.describe_failure(RuntimeError("no kernel\nsecond line")) == "failed: no kernel"
+    assert measure.describe_failure(ValueError("`q` must")) == "failed: ValueError: `q` must"
     assert measure.is_fatal(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"))
     assert not measure.is_fatal(MemoryError())
 
 
 def test_rates_are_of_this_machine():
-    found = measure.rates(quick=True)
+    found = measure.measure_rates(quick=True)
     assert found["matmul"] > 0
     assert found["copy"] > 0
 
 
 def test_compiled_says_what_memory_and_time_it_took():
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    build = measure.compiled(lambda x: (x @ x) @ x, shape)
+    build = measure.compile_cold(lambda x: (x @ x) @ x, shape)
     assert build.seconds > 0
     assert build.temp_bytes is not None
     assert build.temp_bytes >= 64 * 64 * 4
@@ -346,7 +351,8 @@ def test_compiled_says_what_memory_and_time_it_took():
 
 
 def _record(builds=(), samples=()):
-    return {"quick": False, "samples": list(samples), "builds": list(builds)}
+    record = records.Record.begin("cpu", "a test")
+    return dataclasses.replace(record, samples=list(samples), builds=list(builds))
 
 
 def _built(length, size, **more):
@@ -366,13 +372,13 @@ def _built(length, size, **more):
 )
 def test_growth_is_the_largest_of_the_doublings(sizes, value, verdict):
     builds = [_built(n, size) for n, size in zip([1, 2, 4], sizes, strict=True)]
-    (claim,) = cpu.claims(_record(builds))
+    (claim,) = cpu.judge(_record(builds))
     assert claim.get("value") == value
     assert tables.verdict(claim) == verdict
 
 
 def test_growth_of_what_did_not_compile_has_the_reason():
-    (claim,) = cpu.claims(_record([_built(1, 9), _built(2, None, why_not="oom")]))
+    (claim,) = cpu.judge(_record([_built(1, 9), _built(2, None, why_not="oom")]))
     assert tables.verdict(claim) == "oom"
 
 
@@ -380,7 +386,7 @@ def test_compile_time_is_the_longest():
     rows = [
         _built(n, 1, section="compile", compile_s=seconds) for n, seconds in ((1, 0.5), (2, 3.5))
     ]
-    (claim,) = cpu.claims(_record(rows))
+    (claim,) = cpu.judge(_record(rows))
     assert (claim["value"], tables.verdict(claim)) == (3.5, "**missed**")
 
 
@@ -388,13 +394,13 @@ def test_compile_time_is_the_longest():
 def test_memory_is_that_of_heads_and_lengths_where_the_peer_has_them(peer):
     # Longer than a block, which may hold 1024 * 1024 logits and as many probabilities.
     workload = Workload("small", "a test", 2048, heads=2, dim=8)
-    size = peers.compiled(peer, workload, backward=False).temp_bytes
+    size = peers.compile_peer(peer, workload, backward=False).temp_bytes
     logits = 4 * 2 * 2048 * 2048
     assert size is not None
     assert logits <= size < 3 * logits if peer == "jax.nn" else size < logits
 
 
-@pytest.mark.parametrize("name", cpu.BUILT[1:])
+@pytest.mark.parametrize("name", cpu.BUILD_WORKLOADS[1:])
 def test_term_is_in_what_is_compiled(name):
     """A mask or dropout that never arrived would be compiled at no cost."""
     workload = WORKLOADS[name].quick()
@@ -403,7 +409,7 @@ def test_term_is_in_what_is_compiled(name):
 
 
 def _operations(workload):
-    build = peers.compiled("blocked", workload, backward=True)
+    build = peers.compile_peer("blocked", workload, backward=True)
     return build.run.as_text().count(" = ")
 
 
@@ -476,7 +482,7 @@ def record():
             _sample("tokamax", [1.0], length=length, why_not="tokamax is not installed"),
         ]
     return {
-        **suite.header("cpu", "a test"),
+        **records.describe_run("cpu", "a test"),
         "rates": {"matmul": 2e11, "copy": 1e10, "dtype": "float32"},
         "claims": [],
         "samples": samples,
@@ -598,15 +604,15 @@ def test_named_refuses_what_cannot_be_measured(arguments, message, capsys):
 def test_flags_of_the_older_benchmark_make_its_workloads():
     parsed = {}
 
-    def sections(chosen, found):
+    def plan_sections(options, selected):
         parsed["rows"] = [
-            (w.name, w.dtype, w.causal, w.mask_prob, w.batch, w.heads, w.dim) for w in found
+            (w.name, w.dtype, w.causal, w.mask_prob, w.batch, w.heads, w.dim) for w in selected
         ]
         raise ValueError("enough")
 
     words = ["--seq-lens", "128", "8192", "--causal", "--mask-prob", "0.2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(named, "sections", sections)
+        patch.setattr(named, "plan_sections", plan_sections)
         named.main(words)
     assert parsed["rows"] == [
         (f"seed-{n}", dtype, True, 0.2, 4, 8, 64)
@@ -617,10 +623,10 @@ def test_flags_of_the_older_benchmark_make_its_workloads():
 
 def test_sections_are_chosen_by_name_or_by_how_names_begin():
     names = ["forward", "forward-backward", "seed-128, forward", "seed-1k, forward"]
-    assert suite.covered("forward", names) == ["forward"]
-    assert suite.covered("seed", names) == names[2:]
-    assert suite.covered("seed-128", names) == names[2:3]
-    assert suite.covered("nope", names) == []
+    assert command.match_sections("forward", names) == ["forward"]
+    assert command.match_sections("seed", names) == names[2:]
+    assert command.match_sections("seed-128", names) == names[2:3]
+    assert command.match_sections("nope", names) == []
 
 
 def test_out_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys):
