@@ -144,7 +144,8 @@ def test_suite_runs_from_a_clone(capsys):
 
 
 def test_suite_without_a_clone_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "flash_attention_jax" / "_bench.py"))
+    installed = tmp_path / "flash_attention_jax" / "_commands" / "bench.py"
+    monkeypatch.setattr(bench, "__file__", str(installed))
     assert __main__.main(["bench", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "flash_attention_jax bench: error: cpu is a program of the repository, which is not "
