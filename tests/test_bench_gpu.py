@@ -60,6 +60,7 @@ def test_it_says_that_it_needs_a_gpu(monkeypatch, capsys):
 
 
 @needs_no_gpu
+@pytest.mark.usefixtures("quick_compiler")
 def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
     """All of it but the device: blocked under the kernels' names, on small calls."""
     stand_in = dataclasses.replace(peers.PEERS["blocked"], name="hopper")
@@ -71,7 +72,8 @@ def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
                 case, workload=dataclasses.replace(case.workload.quick(), length=32)
             )
             for case in section.cases
-            if case.peer in ("hopper", "triton", "jax.nn", "torch SDPA flash", "tokamax")
+            if case.peer
+            in ("hopper", "triton", "tokamax")  # without torch, whose import takes longer
         )
         return Section(section.name, cases, seconds=0.0, rounds=1)
 
