@@ -51,7 +51,7 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def _unusable() -> str | None:
+def _why_unusable() -> str | None:
     torch, reason = torch_or_reason()
     if torch is not None and device() == "cuda" and not torch.cuda.is_available():
         return "this torch sees no GPU"
@@ -99,7 +99,7 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
             arrays[name].grad = None
         return out, *grads
 
-    def calls(number: int) -> None:
+    def repeat(number: int) -> None:
         for index in range(number):
             call(sets[index % count])
         if cuda:
@@ -131,7 +131,7 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
         return begin.elapsed_time(end) / 1e3 / 5
 
     return Prepared(
-        time=measure.make_timer(calls),
+        time=measure.make_timer(repeat),
         results=lambda: results,
         peak_bytes=peak,
         device_seconds=device_seconds,
@@ -174,7 +174,7 @@ def _sdpa_why_not(backend: str | None, w: Workload, backward: bool) -> str | Non
         return "it has no segments but as a dense mask"
     if w.causal and w.mask_prob:
         return "it takes no mask beside causal"
-    reason = _lacks(w, "grouped heads", "bias", "key mask", "dropout") or _unusable()
+    reason = _lacks(w, "grouped heads", "bias", "key mask", "dropout") or _why_unusable()
     if reason is not None:
         return reason
     if device() == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
@@ -238,7 +238,7 @@ def _flex(torch: Any, w: Workload, arrays: dict[str, Any]) -> Any:
 def _flex_why_not(w: Workload, backward: bool) -> str | None:
     del backward
     able = ("grouped heads", "window", "softcap", "bias", "key mask", "segments")
-    reason = _lacks(w, *able) or _unusable()
+    reason = _lacks(w, *able) or _why_unusable()
     return reason or ("it is measured on a GPU only" if device() == "cpu" else None)
 
 
@@ -270,7 +270,7 @@ def _memory_efficient(torch: Any, w: Workload, arrays: dict[str, Any]) -> Any:
 
 def _memory_efficient_why_not(w: Workload, backward: bool) -> str | None:
     del backward
-    return _lacks(w, "bias", "key mask") or _unusable() or _memory_efficient_or_reason()[1]
+    return _lacks(w, "bias", "key mask") or _why_unusable() or _memory_efficient_or_reason()[1]
 
 
 # --- the table -------------------------------------------------------------------------------

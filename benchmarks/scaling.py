@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, DIM = 8, 64
 
 
-def measure_ring(count: int, length: int, way: str, repeats: int, dtype: str) -> dict[str, Any]:
+def measure_way(count: int, length: int, way: str, repeats: int, dtype: str) -> dict[str, Any]:
     """Measure forward and backward of one causal sequence over the first `count` devices."""
     import jax
     import jax.numpy as jnp
@@ -201,7 +201,7 @@ def main() -> None:
         for way in ("ring", "zigzag", "ulysses"):
             for count in counts:
                 length = args.strong if kind == "strong" else args.weak * count
-                row = measure_ring(count, length, way, args.repeats, args.dtype)
+                row = measure_way(count, length, way, args.repeats, args.dtype)
                 rows.append({"kind": kind} | row)
                 print(
                     f"{kind:6} {way:8} {count:2} devices {length:7} tokens "

@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import command
 import gpu
+import measure
 import peers
 import suite
 import tables
@@ -57,6 +59,19 @@ def test_it_says_that_it_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setenv(gpu.INNER, "1")
     assert gpu.main([]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_process_that_lost_the_device_ends_with_a_code_of_its_own(monkeypatch, capsys):
+    def lose():
+        raise suite.LostError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(command, "begin", lambda *_: suite.Run("gpu", command="a test"))
+    monkeypatch.setattr(command, "make_steps", lambda *_: [("a section", lose)])
+    monkeypatch.setattr(measure, "describe_machine", lambda: {"cpu": "a processor", "cores": 2})
+    monkeypatch.setenv(gpu.INNER, "1")
+    assert gpu.main([]) == gpu.LOST
+    assert "The device is lost to this process: CUDA_ERROR" in capsys.readouterr().err
 
 
 @needs_no_gpu
