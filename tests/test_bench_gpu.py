@@ -30,10 +30,10 @@ def test_every_row_of_the_known_anchors_is_measured_first():
     assert order[:6] == ["check"] * 6  # correctness first
     first = names[6:18]
     assert first == [
-        f"sweep-d{dim}-{kind}-16k, {said}"
+        f"sweep-d{dim}-{kind}-16k, {words}"
         for dim in (128, 64, 256)
         for kind in ("full", "causal")
-        for said in ("forward", "forward+backward")
+        for words in ("forward", "forward+backward")
     ]
     every = {section.name: section for section in gpu.plan_sections()}
     cases = every["sweep-d128-full-16k, forward"].cases
@@ -154,9 +154,9 @@ def test_process_that_dies_or_hangs_is_replaced(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(gpu, "_watch", watch)
     assert gpu._supervise([], tmp_path / "gpu.json", 1.0, fresh=False) == 0
     assert (tmp_path / "tries").read_text() == "xxx"
-    said = capfd.readouterr().err
-    assert "The process ended with code 134; going on in a new one." in said
-    assert "No word for 1 s: ending the process." in said
+    printed = capfd.readouterr().err
+    assert "The process ended with code 134; going on in a new one." in printed
+    assert "No word for 1 s: ending the process." in printed
 
 
 def test_fresh_is_only_for_the_first_process(monkeypatch, tmp_path):

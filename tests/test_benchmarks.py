@@ -121,12 +121,12 @@ def test_every_case_of_a_claim_names_a_peer_that_takes_it_when_installed():
 
 
 def test_targets_are_those_that_are_promised():
-    found = {
+    targets = {
         (section, claim.what.partition(" /")[0]): (claim.target, claim.at_most)
         for section, claim in CLAIMS
         if claim.target is not None
     }
-    assert found == {
+    assert targets == {
         ("forward", "jax.nn"): (2.5, False),
         ("causal-forward", "jax.nn"): (3.5, False),
         ("forward-backward", "jax.nn"): (1.5, False),
@@ -488,14 +488,14 @@ def record():
 def test_rows_show_rates_ratios_and_what_is_wrong(record):
     lines = [line.split("|")[1:-1] for line in tables.samples_table(record).splitlines()]
     header, *rows = [[cell.strip() for cell in line] for line in lines]
-    found = {row[3]: dict(zip(header, row, strict=True)) for row in rows[1:6]}
+    rows_by_peer = {row[3]: dict(zip(header, row, strict=True)) for row in rows[1:6]}
     flops = WORKLOADS["seed-1k"].flops(backward=False)
-    assert found["blocked"]["GFLOP/s"] == f"{flops / 0.01 / 1e9:.3g}"
-    assert found["blocked"]["of matmul"] == f"{flops / 0.01 / 2e11:.0%}"
-    assert found["blocked"]["theirs / ours"] == ""
-    assert found["torch SDPA"]["theirs / ours"] == "0.50x"
-    assert found["jax.nn"]["error"] == "**5.0e-01, wrong**"
-    assert found["tokamax"]["median"] == "– tokamax is not installed"
+    assert rows_by_peer["blocked"]["GFLOP/s"] == f"{flops / 0.01 / 1e9:.3g}"
+    assert rows_by_peer["blocked"]["of matmul"] == f"{flops / 0.01 / 2e11:.0%}"
+    assert rows_by_peer["blocked"]["theirs / ours"] == ""
+    assert rows_by_peer["torch SDPA"]["theirs / ours"] == "0.50x"
+    assert rows_by_peer["jax.nn"]["error"] == "**5.0e-01, wrong**"
+    assert rows_by_peer["tokamax"]["median"] == "– tokamax is not installed"
 
 
 def test_worst_ratios_leave_out_what_is_wrong_and_what_is_ours(record):
@@ -512,19 +512,19 @@ def test_half_precision_may_be_less_exact():
 
 
 def test_pictures_have_axes_with_units_and_are_the_same_each_time(record):
-    found = {picture.name: picture for picture in plots.pictures(record)}
-    assert list(found) == ["cpu-speed", "cpu-roofline"]
-    speed = found["cpu-speed"].svg("light")
-    assert speed == found["cpu-speed"].svg("light")
+    pictures = {picture.name: picture for picture in plots.pictures(record)}
+    assert list(pictures) == ["cpu-speed", "cpu-roofline"]
+    speed = pictures["cpu-speed"].svg("light")
+    assert speed == pictures["cpu-speed"].svg("light")
     text = speed.decode()
     assert "length (tokens)" in text
     assert "GFLOP/s" in text
     assert "jax.nn (wrong)" in text
     assert "tokamax" not in text
-    dark = found["cpu-speed"].svg("dark").decode()
+    dark = pictures["cpu-speed"].svg("dark").decode()
     assert plots.THEMES["dark"]["ink"] in dark
     assert plots.THEMES["light"]["ink"] not in dark
-    roofline = found["cpu-roofline"].svg("light").decode()
+    roofline = pictures["cpu-roofline"].svg("light").decode()
     assert "operations per byte (FLOP/B)" in roofline
     assert "jax.nn, forward" not in roofline
 
@@ -534,8 +534,8 @@ def test_picture_of_memory_is_drawn_from_what_was_compiled(record):
         _built(n, n * 2**20, **{"pass": "forward+backward", "heads": 8, "dim": 64})
         for n in (1024, 2048)
     ]
-    found = {picture.name: picture for picture in plots.pictures(record)}
-    assert "temporary memory (MiB)" in found["cpu-memory"].svg("light").decode()
+    pictures = {picture.name: picture for picture in plots.pictures(record)}
+    assert "temporary memory (MiB)" in pictures["cpu-memory"].svg("light").decode()
 
 
 def test_record_with_too_little_has_no_pictures(record):
@@ -671,6 +671,6 @@ def test_quick_run_writes_a_record_that_a_page_is_drawn_from(tmp_path):
 
 def test_long_run_says_what_time_and_memory_it_took():
     ran = _python("benchmarks/long.py", "--length", "300", "--dim", "16", "--causal")
-    said = dict(line.split("  ", 1) for line in ran.stdout.splitlines()[1:])
-    assert list(said)[:3] == ["compile time", "time", "temporary memory"]
-    assert float(said["error"]) < 1e-5
+    lines = dict(line.split("  ", 1) for line in ran.stdout.splitlines()[1:])
+    assert list(lines)[:3] == ["compile time", "time", "temporary memory"]
+    assert float(lines["error"]) < 1e-5
