@@ -18,6 +18,12 @@ from jaxtyping import install_import_hook
 # of XLA's threads: with as many as two cores have, the threads that would be waited for never run.
 os.environ.setdefault("NPROC", "16")
 
+# Most of the suite's time is LLVM's: a program of a test runs once, so compiling it well is lost.
+# XLA's own passes, which decide about memory and fusion, are as users have them.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flash_attention_jax._api.shapes import sizes_and_shapes
+from flash_attention_jax._api.shapes import Sizes, sizes_and_shapes
 from flash_attention_jax._core import check, dropout
 from flash_attention_jax._core.call import (
     COSINE_SCALE,
@@ -106,6 +106,7 @@ def read(
     causal = check.flag(reader.name("causal"), options.get("causal", False))
     window = check.window(reader.name("window"), options.get("window"))
     if causal:
+        # Causal is a window that ends at the diagonal: engines know one band alone.
         window = (window[0], None if window[1] is None else 0)
     given = {"q": q, "k": k, "v": v}
     terms = {
@@ -114,6 +115,7 @@ def read(
         **reader.per_head(sizes),
     }
     if default_scale is None and similarity == "cosine":
+        # 1 / sqrt(d) would leave cosines, which are at most 1, nearly alike.
         default_scale = COSINE_SCALE
     scale, scale_term = reader.scale(default_scale, sizes)
     terms |= scale_term
@@ -123,13 +125,15 @@ def read(
         terms["dropout_key"] = dropout_key
     offset = options.get("q_offset")
     if offset is None:
-        offset = sizes["k_len"] - sizes["q_len"] if layout == "heads_first" else 0
+        # The heads-first family is end-aligned: the last query sees the last key, as caches need.
+        # The other is start-aligned, as in jax.nn. Without a band nothing depends on it.
+        offset = sizes.k_len - sizes.q_len if layout == "heads_first" else 0
     softcap = options.get("softcap")
     check.choice("similarity", similarity, ("dot", "cosine"))
     groups = check.whole("groups", groups, least=1)
-    if sizes["dim"] % groups:
+    if sizes.dim % groups:
         check.fail(
-            "groups", "divide the dimension", f"{groups} for {sizes['dim']}", "Use a divisor of it."
+            "groups", "divide the dimension", f"{groups} for {sizes.dim}", "Use a divisor of it."
         )
     if groups > 1 and similarity == "dot":
         check.fail("groups", "be 1 with similarity='dot'", str(groups), "Use similarity='cosine'.")
@@ -147,7 +151,7 @@ def read(
         similarity=similarity,
         l2norm=check.flag(reader.name("l2norm_qk"), l2norm),
         groups=groups,
-        **sizes,
+        **sizes._asdict(),
         dtype=check.dtype_name(q),
         scale=scale,
         causal=causal,
@@ -190,7 +194,7 @@ class _Reader:
 
     # --- masks and bias ---
 
-    def masks(self, mask: Any, sizes: dict[str, Size], bias_batch_dim: bool) -> dict[str, Term]:
+    def masks(self, mask: Any, sizes: Sizes, bias_batch_dim: bool) -> dict[str, Term]:
         """The dense mask, the bias and the relative bias."""
         terms: dict[str, Term] = {}
         if mask is not None:
@@ -211,11 +215,11 @@ class _Reader:
         relative = self.options.get("relative_bias")
         if relative is not None:
             check.floating("relative_bias", relative)
-            diagonals = sizes["q_len"] + sizes["k_len"] - 1
+            diagonals = sizes.q_len + sizes.k_len - 1
             diagonals = 0 if diagonals == -1 else diagonals
-            shapes = {(diagonals,), (sizes["heads"], diagonals), (1, diagonals)}
+            shapes = {(diagonals,), (sizes.heads, diagonals), (1, diagonals)}
             meaning = (
-                f"(heads, q_len + k_len - 1) = {(sizes['heads'], diagonals)} or without the heads"
+                f"(heads, q_len + k_len - 1) = {(sizes.heads, diagonals)} or without the heads"
             )
             advice = "Entry j - i + q_len - 1 is that of query i and key j."
             check.shape_is("relative_bias", relative, shapes, meaning, advice)
@@ -224,10 +228,10 @@ class _Reader:
         return terms
 
     def _four_axes(
-        self, name: str, x: Any, sizes: dict[str, Size], *, is_mask: bool, batch_dim: bool = False
+        self, name: str, x: Any, sizes: Sizes, *, is_mask: bool, batch_dim: bool = False
     ) -> tuple[Size, ...]:
         """The shape (b, h, i, j), with ones, that a mask or bias of fewer axes stands for."""
-        b, h, i, j = sizes["batch"], sizes["heads"], sizes["q_len"], sizes["k_len"]
+        b, h, i, j = sizes.batch, sizes.heads, sizes.q_len, sizes.k_len
         shape = tuple(x.shape)
         advice = "An axis may be 1; see the docstring for fewer axes."
         alone = self._unbatched or self.layout == "heads_last"  # where (j,) has one meaning
@@ -272,11 +276,11 @@ class _Reader:
 
     # --- per token ---
 
-    def per_token(self, sizes: dict[str, Size]) -> dict[str, Term]:
+    def per_token(self, sizes: Sizes) -> dict[str, Term]:
         """Lengths, segment ids and the offset of the diagonal."""
         terms: dict[str, Term] = {}
-        batch = sizes["batch"]
-        for canonical, length in (("q_lengths", sizes["q_len"]), ("kv_lengths", sizes["k_len"])):
+        batch = sizes.batch
+        for canonical, length in (("q_lengths", sizes.q_len), ("kv_lengths", sizes.k_len)):
             x = self.options.get(canonical)
             if x is not None:
                 name = self.name(canonical)
@@ -299,21 +303,21 @@ class _Reader:
                 check.fail("q_offset", requirement, got, advice, TypeError)
             check.integer("q_offset", offset)
             shapes = {(): (1, 1), (batch,): (batch, 1), (1,): (1, 1)}
-            shapes |= {(b, sizes["q_len"]): (b, sizes["q_len"]) for b in (1, batch)}
-            meaning = f"(), (batch,) = {(batch,)} or (batch, q_len) = {(batch, sizes['q_len'])}"
+            shapes |= {(b, sizes.q_len): (b, sizes.q_len) for b in (1, batch)}
+            meaning = f"(), (batch,) = {(batch,)} or (batch, q_len) = {(batch, sizes.q_len)}"
             advice = "Pass one for all, one per batch entry or one per query."
             check.shape_is("q_offset", offset, shapes, meaning, advice)
             check.offset_within("q_offset", offset)
             terms["q_offset"] = (offset, shapes[tuple(offset.shape)], "int32")
         return terms
 
-    def _segments(self, sizes: dict[str, Size]) -> dict[str, Term]:
+    def _segments(self, sizes: Sizes) -> dict[str, Term]:
         pair = [self.options.get(name) for name in ("q_segment_ids", "kv_segment_ids")]
         if all(x is None for x in pair):
             return {}
         terms: dict[str, Term] = {}
         both = ("q_segment_ids", "kv_segment_ids")
-        for name, x, length in zip(both, pair, (sizes["q_len"], sizes["k_len"]), strict=True):
+        for name, x, length in zip(both, pair, (sizes.q_len, sizes.k_len), strict=True):
             other = both[1 - both.index(name)]
             if x is None:
                 check.fail(
@@ -323,10 +327,10 @@ class _Reader:
                     "Pass the same ids twice for self-attention.",
                 )
             check.integer(name, x)
-            shapes = {(length,), (1, length), (sizes["batch"], length)}
-            if sizes["batch"] not in (0, 1):
+            shapes = {(length,), (1, length), (sizes.batch, length)}
+            if sizes.batch not in (0, 1):
                 shapes -= {(length,)}
-            meaning = f"(batch, length) = {(sizes['batch'], length)}"
+            meaning = f"(batch, length) = {(sizes.batch, length)}"
             advice = "Pass one id per token; those that all batch entries share are ids[None]."
             check.shape_is(name, x, shapes, meaning, advice)
             check.fits_int32(name, x)
@@ -335,10 +339,10 @@ class _Reader:
 
     # --- per head ---
 
-    def per_head(self, sizes: dict[str, Size]) -> dict[str, Term]:
+    def per_head(self, sizes: Sizes) -> dict[str, Term]:
         """Sinks and ALiBi slopes."""
         terms: dict[str, Term] = {}
-        heads = sizes["heads"]
+        heads = sizes.heads
         for name in ("sinks", "alibi_slopes"):
             x = self.options.get(name)
             if x is not None:
@@ -351,24 +355,22 @@ class _Reader:
                 terms[name] = (x, (heads,) if x.shape == (heads,) else (1,), check.dtype_name(x))
         return terms
 
-    def scale(
-        self, default: float | None, sizes: dict[str, Size]
-    ) -> tuple[float | None, dict[str, Term]]:
+    def scale(self, default: float | None, sizes: Sizes) -> tuple[float | None, dict[str, Term]]:
         """The scale as a number, or as an array per head."""
         x: Any = self.options.get("scale")
         name = self.name("scale")
-        if x is None and default is None and symbolic(sizes["dim"]):
+        if x is None and default is None and symbolic(sizes.dim):
             advice = "Pass jnp.asarray(dim, jnp.float32) ** -0.5, of q's last axis."
             check.fail(name, "be given where the dimension is symbolic", "None", advice)
         if x is None:
-            return (sizes["dim"] ** -0.5 if default is None else default), {}
+            return (sizes.dim**-0.5 if default is None else default), {}
         if isinstance(x, (bool, int, float, np.generic)):
             return check.number(name, x), {}
         if isinstance(x, (str, complex)):
             got = check.shown(x)
             check.fail(name, "be a number or an array", got, "Pass a Python float.", TypeError)
         check.floating(name, x)
-        heads = sizes["heads"]
+        heads = sizes.heads
         shapes = {
             (): (1,),
             (1,): (1,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flash_attention_jax._core import check
 from flash_attention_jax._core.call import Layout, Size
@@ -10,10 +10,22 @@ from flash_attention_jax._core.call import Layout, Size
 Names = tuple[str, str, str]
 
 
+class Sizes(NamedTuple):
+    """The sizes of a call, by the names of `Call`."""
+
+    batch: Size
+    q_len: Size
+    k_len: Size
+    heads: Size
+    kv_heads: Size
+    dim: Size
+    v_dim: Size
+
+
 def sizes_and_shapes(
     layout: Layout, names: Names, q: Any, k: Any, v: Any
-) -> tuple[dict[str, Size], tuple[Size, ...], tuple[Size, ...]]:
-    """Sizes of the call by the names of `Call`, and the shapes of out and lse in the rank of q.
+) -> tuple[Sizes, tuple[Size, ...], tuple[Size, ...]]:
+    """Sizes of the call, and the shapes of out and lse in the rank of q.
 
     Args:
         layout: Family of the function.
@@ -31,29 +43,29 @@ def sizes_and_shapes(
         check.floating(name, x)
     check.same_dtype(names, (q, k, v))
     sizes = (_heads_first if layout == "heads_first" else _heads_last)(names, q, k, v)
-    if sizes["dim"] == 0:
+    if sizes.dim == 0:
         check.fail(
             q_name,
             "have a dimension of at least 1",
             f"shape {tuple(q.shape)}",
             "Reshape it.",
         )
-    for name, heads in ((q_name, "heads"), (k_name, "kv_heads")):
-        if sizes[heads] == 0:
-            got = f"shape {tuple((q if heads == 'heads' else k).shape)}"
+    for name, x, heads in ((q_name, q, sizes.heads), (k_name, k, sizes.kv_heads)):
+        if heads == 0:
+            got = f"shape {tuple(x.shape)}"
             check.fail(name, "have at least 1 head", got, "Reshape it.")
-    if sizes["heads"] % sizes["kv_heads"]:
+    if sizes.heads % sizes.kv_heads:
         check.fail(
             q_name,
             f"have a multiple of the heads of `{k_name}`",
-            f"{sizes['heads']} heads and {sizes['kv_heads']} key heads",
+            f"{sizes.heads} heads and {sizes.kv_heads} key heads",
             "Query head n reads key head n // (heads // key heads).",
         )
     out_shape = (*q.shape[:-1], v.shape[-1])
     return sizes, tuple(out_shape), tuple(q.shape[:-1])
 
 
-def _heads_first(names: Names, q: Any, k: Any, v: Any) -> dict[str, Size]:
+def _heads_first(names: Names, q: Any, k: Any, v: Any) -> Sizes:
     q_name, k_name, v_name = names
     check.rank(q_name, q, (2, 3, 4), "(n, d), (bh, n, d) or (b, h, n, d)")
     ranks = {2: (2,), 3: (3,), 4: (3, 4)}[len(q.shape)]
@@ -79,18 +91,18 @@ def _heads_first(names: Names, q: Any, k: Any, v: Any) -> dict[str, Size]:
         check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
     batch, heads = ((1, 1, *q.shape)[-4:][:2]) if len(q.shape) != 3 else (q.shape[0], 1)
     kv_heads = k.shape[1] if len(k.shape) == 4 else 1
-    return {
-        "batch": batch,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "q_len": q.shape[-2],
-        "k_len": k.shape[-2],
-        "dim": q.shape[-1],
-        "v_dim": v.shape[-1],
-    }
+    return Sizes(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q.shape[-2],
+        k_len=k.shape[-2],
+        dim=q.shape[-1],
+        v_dim=v.shape[-1],
+    )
 
 
-def _heads_last(names: Names, q: Any, k: Any, v: Any) -> dict[str, Size]:
+def _heads_last(names: Names, q: Any, k: Any, v: Any) -> Sizes:
     q_name, k_name, v_name = names
     check.rank(q_name, q, (3, 4), "(length, heads, dim) or (batch, length, heads, dim)")
     axes = f"{'(batch, ' if len(q.shape) == 4 else '('}length, key heads, dim)"
@@ -110,12 +122,12 @@ def _heads_last(names: Names, q: Any, k: Any, v: Any) -> dict[str, Size]:
         )
     if len(q.shape) == 4 and q.shape[0] != k.shape[0]:
         check.agree((q_name, k_name), "batch (first axis)", (q, k), "Repeat or reshape one.")
-    return {
-        "batch": q.shape[0] if len(q.shape) == 4 else 1,
-        "heads": q.shape[-2],
-        "kv_heads": k.shape[-2],
-        "q_len": q.shape[-3],
-        "k_len": k.shape[-3],
-        "dim": q.shape[-1],
-        "v_dim": v.shape[-1],
-    }
+    return Sizes(
+        batch=q.shape[0] if len(q.shape) == 4 else 1,
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        q_len=q.shape[-3],
+        k_len=k.shape[-3],
+        dim=q.shape[-1],
+        v_dim=v.shape[-1],
+    )
