@@ -5,7 +5,6 @@ Float64 is on throughout, so a test names the dtype of each array it makes.
 
 import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -18,11 +17,12 @@ from jaxtyping import install_import_hook
 # of XLA's threads: with as many as two cores have, the threads that would be waited for never run.
 os.environ.setdefault("NPROC", "16")
 
-# Most of the suite's time is LLVM's: a program of a test runs once, so compiling it well is lost.
-# XLA's own passes, which decide about memory and fusion, are as users have them.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# Most of the suite's time is LLVM's, and a test runs its programs once: to optimise them is lost.
+# XLA's passes over whole programs, which decide about memory and fusion, are as users have them.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment asks for the programs that users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that tests start
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    jax.config.update("jax_disable_most_optimizations", True)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -70,13 +70,3 @@ def nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs an NVIDIA GPU that JAX can use; JAX's devices here are {jax.devices()}")
-
-
-@pytest.fixture
-def quick_compiler() -> Iterator[None]:
-    """Compile without LLVM's optimizations, for tests whose time is that of compiling."""
-    previous = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", previous)
-    jax.clear_caches()  # no other test may get what was compiled here

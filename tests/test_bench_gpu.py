@@ -75,7 +75,6 @@ def test_process_that_lost_the_device_ends_with_a_code_of_its_own(monkeypatch, c
 
 
 @needs_no_gpu
-@pytest.mark.usefixtures("quick_compiler")
 def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
     """All of it but the device: blocked under the kernels' names, on small calls."""
     stand_in = dataclasses.replace(peers.PEERS["blocked"], name="hopper")

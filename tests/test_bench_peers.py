@@ -15,8 +15,6 @@ import suite
 import workloads
 from workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 CALLS = {
     "full": ("full-4k", False),
     "causal with gradients": ("causal-4k", True),

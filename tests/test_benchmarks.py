@@ -185,7 +185,6 @@ CALLS = {
 }
 
 
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("call", CALLS)
 def test_reference_is_what_dense_computes(similarity, call, monkeypatch):
@@ -217,7 +216,6 @@ def test_reference_is_what_dense_computes(similarity, call, monkeypatch):
         np.testing.assert_allclose(reference[name], shaped, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_reference_of_jax_is_that_of_numpy():
     workload = Workload("small", "a test", 37, heads=4, kv_heads=2, dim=8, causal=True, sinks=True)
     of_numpy = workloads.reference(workload, backward=True)
@@ -395,7 +393,6 @@ def test_memory_is_that_of_heads_and_lengths_where_the_peer_has_them(peer):
     assert logits <= size < 3 * logits if peer == "jax.nn" else size < logits
 
 
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("name", cpu.BUILD_WORKLOADS[1:])
 def test_term_is_in_what_is_compiled(name):
     """A mask or dropout that never arrived would be compiled at no cost."""
