@@ -27,7 +27,8 @@ from jaxtyping import Array
 from flash_attention_jax._core import check
 from flash_attention_jax._core.optional import needs
 from flash_attention_jax._flax.attention_fn import Similarity, attention_fn, make_attention_fn
-from flash_attention_jax._flax.layer import AttentionLayer, Initializer, no_cache
+from flash_attention_jax._flax.layer import AttentionLayer, no_cache
+from flash_attention_jax._flax.options import Attributes, Initializer
 from flash_attention_jax.cache import KVCache
 
 with needs("flash_attention_jax.linen", "flax", extra="flax"):
@@ -101,4 +102,4 @@ class Attention(AttentionLayer, nn.Module):
 
 
 # So that help() shows the attributes too.
-Attention.__doc__ = f"{Attention.__doc__}\n{AttentionLayer.__doc__}"
+Attention.__doc__ = f"{Attention.__doc__}\n{Attributes.__doc__}"
