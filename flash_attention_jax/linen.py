@@ -66,9 +66,9 @@ class Attention(AttentionLayer, nn.Module):
         """An empty "cache" collection of this layer.
 
         Args:
-            batch: sequences.
-            length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values, narrower than the computation or not; None = the layer's
+            batch: Sequences.
+            length: Tokens that each may have in all; with a window, a ring takes any number.
+            dtype: Of keys and values, narrower than the computation or not; None = the layer's
                 `dtype`, or where there is none the dtype in which it computes float32 inputs.
 
         Returns:

@@ -71,9 +71,9 @@ class Attention(AttentionLayer, nnx.Module):
         """Gives the layer an empty cache, in place of one that it may have.
 
         Args:
-            batch: sequences.
-            length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values, narrower than the computation or not; None = the layer's
+            batch: Sequences.
+            length: Tokens that each may have in all; with a window, a ring takes any number.
+            dtype: Of keys and values, narrower than the computation or not; None = the layer's
                 `dtype`, or where there is none the dtype in which it computes float32 inputs.
         """
         self.kv = nnx.Cache(self._empty_cache(batch, length, dtype))
@@ -82,7 +82,7 @@ class Attention(AttentionLayer, nnx.Module):
         """Sets what `flax.nnx.view(model, deterministic=...)` asks for, in the copy that it makes.
 
         Args:
-            deterministic: no dropout; None = as it is.
+            deterministic: No dropout; None = as it is.
         """
         if deterministic is not None:
             self.deterministic = deterministic

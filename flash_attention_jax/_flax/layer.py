@@ -48,13 +48,13 @@ class AttentionLayer(Attributes):
         Args:
             x: (batch, length, dim), what the queries are made of.
             context: (batch, keys, dim), what keys and values are made of; None = x.
-            mask: nonzero = may attend, of any dtype. (batch, keys), or three or four axes that
+            mask: Nonzero = may attend, of any dtype. (batch, keys), or three or four axes that
                 broadcast to (batch, heads, length, keys).
-            attn_bias: float, added to the logits; broadcasts to (batch, heads, length, keys).
-            decode: read `x` as the next tokens, one or many, after those in the layer's cache, and
+            attn_bias: Float, added to the logits; broadcasts to (batch, heads, length, keys).
+            decode: Read `x` as the next tokens, one or many, after those in the layer's cache, and
                 put them there. The sequence may be cut into calls in any way. Mask and bias have
                 as many keys as the cache has slots, and are not for rings.
-            deterministic: no dropout; None = as the attribute says.
+            deterministic: No dropout; None = as the attribute says.
             **options: keyword-only, all optional:
 
                 * segment_ids (batch, length), context_segment_ids (batch, keys): integers; a token
@@ -69,14 +69,13 @@ class AttentionLayer(Attributes):
             (batch, length, dim), in the dtype computed in.
 
         Raises:
-            TypeError: a dtype or type that is never valid, or an unknown option.
-            ValueError: an attribute, shape or value is not as said; `decode` without a cache, or
+            TypeError: A dtype or type that is never valid, or an unknown option.
+            ValueError: An attribute, shape or value is not as said; `decode` without a cache, or
                 beyond its end (outside `jit`; inside, as `flash_attention_jax.cache.append` says).
         """
-        # The weights come first: linen must make them even where the call is refused later.
-        weights = {
-            name: self._parameter(name, *weight) for name, weight in weights_of(self).items()
-        }
+        # Listing the weights checks the attributes, so a bad one is named before a bad array.
+        table = weights_of(self)
+        weights = {name: self._parameter(name, *weight) for name, weight in table.items()}
         checks.check_arrays(self, x, context)
         dtype = self.dtype or jnp.result_type(
             x, x if context is None else context, *weights.values()

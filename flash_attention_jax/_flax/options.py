@@ -49,42 +49,42 @@ class Attributes:
     length and not with its square, whatever the arguments, but for `memory_efficient=False`.
 
     Attributes:
-        dim: features of the input and of the output.
-        heads: number of query heads.
-        dim_head: features of each head, even where `rotary`; `None` = dim // heads.
-        dropout: probability of dropping an attention weight, 0 <= rate < 1.
-        causal: a token attends to itself and to those before it.
+        dim: Features of the input and of the output.
+        heads: Number of query heads.
+        dim_head: Features of each head, even where `rotary`; `None` = dim // heads.
+        dropout: Probability of dropping an attention weight, 0 <= rate < 1.
+        causal: A token attends to itself and to those before it.
         memory_efficient: False = the dense engine, in memory that grows with the square of the
             length; True or `None` = an engine in O(n) memory.
-        q_bucket_size: queries per block; `None` = the engine's own. It changes rounding, no more.
-        k_bucket_size: keys per block, the same.
-        kv_heads: heads of keys and values, a divisor of `heads`; `None` = heads, 1 = multi-query.
-        window: how far left and right of its own place a token attends, w or (left, right), both
+        q_bucket_size: Queries per block; `None` = the engine's own. It changes rounding, no more.
+        k_bucket_size: Keys per block, the same.
+        kv_heads: Heads of keys and values, a divisor of `heads`; `None` = heads, 1 = multi-query.
+        window: How far left and right of its own place a token attends, w or (left, right), both
             inclusive; `None` or -1 = all.
         similarity: "dot" or "cosine".
-        scale: factor of the similarities; `None` = 1 / sqrt(dim_head), or 10 for cosine.
-        learned_scale: make the scale a parameter, one per head, that starts at `scale`.
-        groups: chunks of a head that cosine similarity normalises apart, a divisor of `dim_head`.
+        scale: Factor of the similarities; `None` = 1 / sqrt(dim_head), or 10 for cosine.
+        learned_scale: Make the scale a parameter, one per head, that starts at `scale`.
+        groups: Chunks of a head that cosine similarity normalises apart, a divisor of `dim_head`.
         qk_norm: RMS normalisation of queries and keys over each head, with a learned gain per
             feature, before the rotation.
-        rotary: give queries and keys their positions by rotation.
-        rotary_base: base of its angles.
-        rotary_scaling: what divides the positions.
-        alibi: subtract slope * distance from the logits, with the paper's slope for each head.
-        softcap: logits become softcap * tanh(logits / softcap).
-        sinks: a learned logit per head in the denominator, at first 0.
-        use_bias: biases in the projections, at first 0.
-        implementation: the engine that must run it; `None` lets the library choose.
-        precision: of the matrix products, as in JAX.
-        dtype: dtype of the computation; `None` = the common one of the input and the parameters.
-        param_dtype: dtype of the parameters.
-        deterministic: no dropout. Where `dropout` is positive, say it here or in the call.
-        kernel_init: initialiser of the projections, for a shape (features in, features out), as a
+        rotary: Give queries and keys their positions by rotation.
+        rotary_base: Base of its angles.
+        rotary_scaling: What divides the positions.
+        alibi: Subtract slope * distance from the logits, with the paper's slope for each head.
+        softcap: Logits become softcap * tanh(logits / softcap).
+        sinks: A learned logit per head in the denominator, at first 0.
+        use_bias: Biases in the projections, at first 0.
+        implementation: The engine that must run it; `None` lets the library choose.
+        precision: Of the matrix products, as in JAX.
+        dtype: Dtype of the computation; `None` = the common one of the input and the parameters.
+        param_dtype: Dtype of the parameters.
+        deterministic: No dropout. Where `dropout` is positive, say it here or in the call.
+        kernel_init: Initialiser of the projections, for a shape (features in, features out), as a
             function or with Flax's partitioning metadata: names of these two axes, of which that of
             (heads, dim_head) cuts the heads, or of the parameter's three.
-        value_init: initialiser of the projection to values; `None` = kernel_init.
-        out_init: initialiser of the output projection; `None` = kernel_init.
-        placement: a mesh and its axes, over which sequences, batch and heads are cut; a cache is
+        value_init: Initialiser of the projection to values; `None` = kernel_init.
+        out_init: Initialiser of the output projection; `None` = kernel_init.
+        placement: A mesh and its axes, over which sequences, batch and heads are cut; a cache is
             read on one device. `None` = as the arrays lie.
 
     References:
