@@ -27,7 +27,8 @@ from jaxtyping import Array
 from flash_attention_jax._core import check
 from flash_attention_jax._core.optional import needs
 from flash_attention_jax._flax.attention_fn import Similarity, attention_fn, make_attention_fn
-from flash_attention_jax._flax.layer import AttentionLayer, Initializer, no_cache
+from flash_attention_jax._flax.layer import AttentionLayer, no_cache
+from flash_attention_jax._flax.options import Attributes, Initializer
 from flash_attention_jax.cache import KVCache
 
 with needs("flash_attention_jax.linen", "flax", extra="flax"):
@@ -65,9 +66,9 @@ class Attention(AttentionLayer, nn.Module):
         """An empty "cache" collection of this layer.
 
         Args:
-            batch: sequences.
-            length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values, narrower than the computation or not; None = the layer's
+            batch: Sequences.
+            length: Tokens that each may have in all; with a window, a ring takes any number.
+            dtype: Of keys and values, narrower than the computation or not; None = the layer's
                 `dtype`, or where there is none the dtype in which it computes float32 inputs.
 
         Returns:
@@ -101,4 +102,4 @@ class Attention(AttentionLayer, nn.Module):
 
 
 # So that help() shows the attributes too.
-Attention.__doc__ = f"{Attention.__doc__}\n{AttentionLayer.__doc__}"
+Attention.__doc__ = f"{Attention.__doc__}\n{Attributes.__doc__}"

@@ -27,7 +27,9 @@ from jaxtyping import Array
 
 from flash_attention_jax._core.optional import needs
 from flash_attention_jax._flax.attention_fn import Similarity, attention_fn, make_attention_fn
-from flash_attention_jax._flax.layer import AttentionLayer, Initializer, no_cache
+from flash_attention_jax._flax.layer import AttentionLayer, no_cache
+from flash_attention_jax._flax.options import Attributes, Initializer
+from flash_attention_jax._flax.weights import weights_of
 from flash_attention_jax.cache import KVCache
 
 with needs("flash_attention_jax.nnx", "flax", extra="flax"):
@@ -59,8 +61,9 @@ class Attention(AttentionLayer, nnx.Module):
     rngs: dataclasses.InitVar[nnx.Rngs] = dataclasses.field(kw_only=True)
 
     def __post_init__(self, rngs: nnx.Rngs) -> None:
-        for name, (init, shape) in self._parameters().items():
-            setattr(self, name, nnx.Param(init(rngs.params(), shape, self.param_dtype)))
+        for name, weight in weights_of(self).items():
+            array = weight.init(rngs.params(), weight.shape, self.param_dtype)
+            setattr(self, name, nnx.Param(array))
         self.dropout_keys = rngs.dropout.fork() if self.dropout else None
         self.kv: nnx.Cache[KVCache] | None = nnx.data(None)
 
@@ -68,9 +71,9 @@ class Attention(AttentionLayer, nnx.Module):
         """Gives the layer an empty cache, in place of one that it may have.
 
         Args:
-            batch: sequences.
-            length: tokens that each may have in all; with a window, a ring takes any number.
-            dtype: of keys and values, narrower than the computation or not; None = the layer's
+            batch: Sequences.
+            length: Tokens that each may have in all; with a window, a ring takes any number.
+            dtype: Of keys and values, narrower than the computation or not; None = the layer's
                 `dtype`, or where there is none the dtype in which it computes float32 inputs.
         """
         self.kv = nnx.Cache(self._empty_cache(batch, length, dtype))
@@ -79,7 +82,7 @@ class Attention(AttentionLayer, nnx.Module):
         """Sets what `flax.nnx.view(model, deterministic=...)` asks for, in the copy that it makes.
 
         Args:
-            deterministic: no dropout; None = as it is.
+            deterministic: No dropout; None = as it is.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -117,4 +120,4 @@ def _can_pickle(x: Any) -> bool:
 
 
 # So that help() shows the attributes too.
-Attention.__doc__ = f"{Attention.__doc__}\n{AttentionLayer.__doc__}"
+Attention.__doc__ = f"{Attention.__doc__}\n{Attributes.__doc__}"

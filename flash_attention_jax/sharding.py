@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -55,50 +55,166 @@ class SimilarityOptions(Options, total=False):
     layout: str
 
 
-OWN = ("similarity", "groups", "l2norm_qk", "layout")
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh, and which of its axes cuts which axis of the arrays.
+
+    Every function of this module makes one from its arguments; the Flax layers take one as their
+    attribute `placement`. It is checked where it is used, not where it is made, because the mesh
+    may become current later.
+
+    Attributes:
+        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`.
+        length_axis: The mesh axis along which the length is cut; or two, (ring, heads), as in
+            `context_parallel_attention`.
+        batch_axis: The mesh axis of the batch, or None.
+        head_axis: The mesh axis of the heads, or None.
+        context_parallel: "auto", "ring", "ulysses" or "ring+ulysses".
+        order: "contiguous", or "zigzag" where tokens come in that order.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flash_attention_jax.linen import Attention
+        >>> from flash_attention_jax.sharding import Placement
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+        >>> x = jax.random.normal(jax.random.key(0), (2, 16, 32), jnp.float32)
+        >>> layer = Attention(dim=32, heads=4, dim_head=8, causal=True, rotary=True)
+        >>> y, params = layer.init_with_output(jax.random.key(1), x)
+        >>> on_mesh = layer.clone(placement=Placement(mesh))
+        >>> bool(jnp.allclose(on_mesh.apply(params, x), y, atol=1e-5))
+        True
+    """
+
+    mesh: Any = None
+    length_axis: str | tuple[str, str] = "context"
+    batch_axis: str | None = None
+    head_axis: str | None = None
+    context_parallel: str = "auto"
+    order: str = "contiguous"
+
+    def attend(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        """`dot_product_attention` here; options by the names of that function.
+
+        Args:
+            query: (batch, length, heads, dim), of a floating dtype.
+            key: (batch, key length, key heads, dim), of the same dtype.
+            value: (batch, key length, key heads, value dim), of the same dtype.
+            **options: Those of `dot_product_attention`.
+
+        Returns:
+            (batch, length, heads, value dim), in the dtype of the query.
+
+        Raises:
+            ValueError: As `context_parallel_attention` does.
+            TypeError: The same.
+            NotImplementedError: The same.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from flash_attention_jax import dot_product_attention
+            >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
+            >>> query, key, value = jax.random.normal(
+            ...     jax.random.key(0), (3, 2, 16, 4, 8), "float32"
+            ... )
+            >>> out = Placement(mesh).attend(query, key, value, is_causal=True)
+            >>> expected = dot_product_attention(query, key, value, is_causal=True)
+            >>> bool(jnp.allclose(out, expected, atol=1e-5))
+            True
+        """
+        ours = {theirs: name for name, theirs in JAX_NAMES.items()}
+        named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
+        # The fields are that function's arguments, so it refuses options that name one again.
+        return context_parallel_attention(
+            query, key, value, layout="heads_last", **vars(self), **named
+        )
+
+    def positions(self, length: int) -> jax.Array | None:
+        """Where the tokens of a whole sequence stand; None = one after another.
+
+        Args:
+            length: Tokens of the sequence; in zigzag order a multiple of 2 * devices of the ring.
+
+        Returns:
+            (length,) int32, or None in contiguous order.
+
+        Raises:
+            ValueError: If there is no mesh, or the length does not fit the order.
+            TypeError: If `mesh` is no mesh.
+
+        Example:
+            >>> import jax
+            >>> mesh = jax.sharding.AbstractMesh((2,), ("context",))
+            >>> Placement(mesh, order="zigzag").positions(8).tolist()
+            [0, 1, 6, 7, 2, 3, 4, 5]
+            >>> Placement(mesh).positions(8) is None
+            True
+        """
+        if self.order == "contiguous":
+            return None
+        ring = self.length_axis if isinstance(self.length_axis, str) else self.length_axis[0]
+        return zigzag(jnp.arange(length, dtype=jnp.int32), 0, devices=_axis_sizes(self.mesh)[ring])
 
 
-def _fixed(function: str, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks the names; what `read` takes as options, and what as arguments of its own."""
-    own = {name: options[name] for name in OWN if name in options}
-    rest = {name: x for name, x in options.items() if name not in OWN}
+class ReadArguments(NamedTuple):
+    """The options of a call as `_api.read.read` takes them.
+
+    Attributes:
+        options: What `flash_attention` has as options too.
+        keywords: What its siblings are about: similarity, groups, normalisation and layout.
+    """
+
+    options: dict[str, Any]
+    keywords: dict[str, Any]
+
+
+OF_SIBLINGS = ("similarity", "groups", "l2norm_qk", "layout")
+
+
+def _read_arguments(function: str, options: Any) -> ReadArguments:
+    """Checks the options' names, and the values that `read` takes as they are."""
+    rest = {name: x for name, x in options.items() if name not in OF_SIBLINGS}
     check_names(function, rest, {})
     check_implementation(rest.get("implementation"))
     check.flag("return_lse", rest.get("return_lse", False))
-    layout, similarity = own.get("layout", "heads_first"), own.get("similarity", "dot")
+    layout, similarity = options.get("layout", "heads_first"), options.get("similarity", "dot")
     check.choice("layout", layout, ("heads_first", "heads_last"))
     check.choice("similarity", similarity, ("dot", "cosine"))
-    return rest, {
+    keywords = {
         "layout": layout,
         "similarity": similarity,
-        "groups": own.get("groups", 1),
-        "l2norm": own.get("l2norm_qk", True),
+        "groups": options.get("groups", 1),
+        "l2norm": options.get("l2norm_qk", True),
     }
+    return ReadArguments(rest, keywords)
 
 
-def _inside(
-    function: str,
-    arrays: tuple[Any, Any, Any, Any],
-    options: Any,
-    way: str,
-    axes: tuple[str, ...],
-    order: str,
-    batch_axis: str | None,
-    head_axis: str | None,
+def _attend_inside(
+    function: str, arrays: tuple[Any, Any, Any, Any], options: Any, placement: Placement
 ) -> Any:
-    """Runs a function inside `shard_map`."""
-    rest, fixed = _fixed(function, options)
-    sizes = [axis_size("axis_name", axis) for axis in axes]
-    for name, axis in (("batch_axis", batch_axis), ("head_axis", head_axis)):
-        if axis is not None:
-            axis_size(name, axis)
-    local = read_local(*arrays, rest, sizes[0], **fixed)
-    context.check_order(order, local.call, sizes[0])
-    chosen = context.plan(local.call, (sizes[0], 0), way, order)
-    found = context.with_origin(local.call, local.arrays, batch_axis, head_axis)
-    out, lse = context.attend(local.call, found, chosen, axes, rest.get("implementation"))
+    """Attention inside `shard_map`: the arrays are one device's, and the mesh is the current one.
+
+    Args:
+        function: What the user called.
+        arrays: The device's q, k, v and mask.
+        options: The user's.
+        placement: Without a mesh, and with one axis of the length: here the user names the way.
+    """
+    arguments = _read_arguments(function, options)
+    axis = placement.length_axis
+    devices = axis_size("axis_name", axis)
+    for name in ("batch_axis", "head_axis"):
+        if getattr(placement, name) is not None:
+            axis_size(name, getattr(placement, name))
+    local = read_local(*arrays, arguments.options, devices, **arguments.keywords)
+    context.check_order(placement.order, local.call, devices)
+    plan = context.plan(local.call, (devices, 0), placement.context_parallel, placement.order)
+    operands = context.with_origin(
+        local.call, local.arrays, placement.batch_axis, placement.head_axis
+    )
+    implementation = arguments.options.get("implementation")
+    out, lse = context.attend(local.call, operands, plan, (str(axis),), implementation)
     out, lse = out.reshape(local.out_shape), lse.reshape(local.lse_shape)
-    return (out, lse) if rest.get("return_lse", False) else out
+    return (out, lse) if arguments.options.get("return_lse", False) else out
 
 
 def ring_attention(
@@ -122,11 +238,12 @@ def ring_attention(
     n devices; b batch, h heads, t queries and s keys of one device.
 
     Args:
-        q: The device's queries, (b, h, t, d) or the other ranks of `flash_attention`.
-        k: Its keys, (b, hk, s, d).
-        v: Its values, (b, hk, s, e).
-        mask: Its rows of the mask, whole along the keys: (b, h, t, n * s), an axis may be 1, or
-            (b, n * s).
+        q: The device's queries, (b, h, t, d) or the other ranks of `flash_attention`, of a
+            floating dtype.
+        k: Its keys, (b, hk, s, d), of the same dtype.
+        v: Its values, (b, hk, s, e), of the same dtype.
+        mask: Its rows of the mask, whole along the keys, boolean, or integers of 1 and 0:
+            (b, h, t, n * s), an axis may be 1, or (b, n * s).
         axis_name: The mesh axis along which the sequence is cut.
         order: "contiguous", or "zigzag" for arrays in the order of `zigzag`, which shares causal
             work equally. Keys of a mask, bias or relative bias are in their natural order always.
@@ -141,7 +258,8 @@ def ring_attention(
             layout ("heads_first", or "heads_last" for the axes of `dot_product_attention`).
 
     Returns:
-        The device's out, (b, h, t, e); with return_lse, (out, lse).
+        The device's out, (b, h, t, e) in the dtype of q; with return_lse, (out, lse), lse (b, h, t)
+        as `flash_attention` gives it.
 
     Raises:
         ValueError: If `axis_name` is no manual mesh axis here, the length does not fit the order,
@@ -165,10 +283,14 @@ def ring_attention(
         Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for Near-Infinite
         Context", arXiv:2310.01889.
     """
-    arrays = (q, k, v, mask)
-    return _inside(
-        "ring_attention", arrays, options, "ring", (axis_name,), order, batch_axis, head_axis
+    placement = Placement(
+        length_axis=axis_name,
+        batch_axis=batch_axis,
+        head_axis=head_axis,
+        context_parallel="ring",
+        order=order,
     )
+    return _attend_inside("ring_attention", (q, k, v, mask), options, placement)
 
 
 def ulysses_attention(
@@ -189,17 +311,18 @@ def ulysses_attention(
     any engine and kernel runs; nothing is computed meanwhile.
 
     Args:
-        q: The device's queries, as in `ring_attention`.
-        k: Its keys.
-        v: Its values.
-        mask: Its rows of the mask.
+        q: The device's queries, (b, h, t, d), as in `ring_attention`.
+        k: Its keys, (b, hk, s, d).
+        v: Its values, (b, hk, s, e).
+        mask: Its rows of the mask, whole along the keys: (b, h, t, n * s) or (b, n * s).
         axis_name: The mesh axis along which the sequence is cut.
         batch_axis: As in `ring_attention`.
         head_axis: As in `ring_attention`.
         **options: As in `ring_attention`.
 
     Returns:
-        The device's out, (b, h, t, e); with return_lse, (out, lse).
+        The device's out, (b, h, t, e) in the dtype of q; with return_lse, (out, lse), lse (b, h, t)
+        as `flash_attention` gives it.
 
     Raises:
         ValueError: If the heads are no multiple of the devices, or as `ring_attention` does.
@@ -221,14 +344,113 @@ def ulysses_attention(
     References:
         Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv:2309.14509.
     """
-    arrays = (q, k, v, mask)
-    axes = (axis_name,)
-    return _inside(
-        "ulysses_attention", arrays, options, "ulysses", axes, "contiguous", batch_axis, head_axis
+    placement = Placement(
+        length_axis=axis_name,
+        batch_axis=batch_axis,
+        head_axis=head_axis,
+        context_parallel="ulysses",
     )
+    return _attend_inside("ulysses_attention", (q, k, v, mask), options, placement)
 
 
 # --- whole arrays and a mesh ---
+
+
+class Prepared(NamedTuple):
+    """A call on whole arrays that was read, and how the devices share it.
+
+    Attributes:
+        reading: The call as the user made it.
+        share: The record that one device computes with: the length whole and padded, batch and
+            heads those of the device.
+        plan: The way, and what it sends.
+        axes: The mesh axes of the length: of the ring, for the heads, or both.
+        devices: On how many devices the length lies.
+    """
+
+    reading: read.Reading
+    share: Call
+    plan: Plan
+    axes: tuple[str, ...]
+    devices: int
+
+
+def _prepare(
+    function: str, arrays: tuple[Any, Any, Any, Any], options: Any, placement: Placement
+) -> Prepared:
+    """Reads and checks a call on whole arrays; computes nothing, and needs no device."""
+    arguments = _read_arguments(function, options)
+    check.choice("context_parallel", placement.context_parallel, context.WAYS)
+    sizes = _axis_sizes(placement.mesh)
+    axes = _length_axes(placement, sizes)
+    reading = read.read(*arrays, arguments.options, **arguments.keywords)
+    call = reading.call
+    counts = _counts_per_device(call, placement, sizes)
+    along = [sizes[axis] for axis in axes]
+    context.check_order(placement.order, call, along[0])
+    devices = math.prod(along)
+    # Every device holds equally many tokens, so the record of the whole is that of the padded one.
+    lengths = {name: -(-getattr(call, name) // devices) * devices for name in ("q_len", "k_len")}
+    share = dataclasses.replace(call, **counts, **lengths)
+    # A second size of 0 says that the one axis may serve for a ring or for the heads.
+    ring_and_heads = (along[0], along[1] if len(along) == 2 else 0)
+    plan = context.plan(share, ring_and_heads, placement.context_parallel, placement.order)
+    return Prepared(reading, share, plan, axes, devices)
+
+
+def _axis_sizes(mesh: Any) -> Mapping[str, int]:
+    """Name -> devices of each axis of a mesh; None = the mesh of `jax.set_mesh`."""
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.shape:
+            advice = "Pass one, or call inside jax.set_mesh(mesh)."
+            check.fail("mesh", "be a jax.sharding.Mesh", "None, and none is set", advice)
+    shape = getattr(mesh, "shape", None)
+    if not isinstance(shape, Mapping):
+        advice = "jax.make_mesh makes one."
+        check.fail("mesh", "be a jax.sharding.Mesh", check.shown(mesh), advice, TypeError)
+    return shape
+
+
+def _length_axes(placement: Placement, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes of the length; checks those of batch and heads too."""
+    length: Any = placement.length_axis
+    axes = (length,) if isinstance(length, str) else length
+    if not isinstance(axes, tuple) or len(axes) not in (1, 2):
+        advice = "Pass 'context', say, or ('ring', 'heads')."
+        got = check.shown(length)
+        check.fail("length_axis", "be one mesh axis or two", got, advice, TypeError)
+    named = [("length_axis", axis) for axis in axes]
+    others = (("batch_axis", placement.batch_axis), ("head_axis", placement.head_axis))
+    named += [(name, axis) for name, axis in others if axis]
+    for name, axis in named:
+        if axis not in sizes:
+            advice = "Name one of its axes."
+            check.fail(name, f"be an axis of the mesh {dict(sizes)}", repr(axis), advice)
+    taken = [axis for _, axis in named]
+    if len(set(taken)) < len(taken):
+        got, advice = ", ".join(map(repr, taken)), "An axis cuts one thing."
+        check.fail("length_axis`, `batch_axis` and `head_axis", "differ", got, advice)
+    return axes
+
+
+def _counts_per_device(
+    call: Call, placement: Placement, sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """Batch entries, query heads and key heads of one device; checks that they come out even."""
+    cuts = {
+        "batch": ("batch_axis", placement.batch_axis, "batch"),
+        "heads": ("head_axis", placement.head_axis, "heads of q"),
+        "kv_heads": ("head_axis", placement.head_axis, "heads of k"),
+    }
+    counts = {}
+    for field, (argument, axis, meaning) in cuts.items():
+        count, devices = getattr(call, field), 1 if axis is None else sizes[axis]
+        if axis is not None and count % devices:
+            got = f"{count} over {devices} devices of {axis!r}"
+            check.fail(argument, f"divide the {meaning}", got, "Use a smaller axis, or None.")
+        counts[field] = count // devices
+    return counts
 
 
 def _resharding(mesh: Any) -> Any:
@@ -263,88 +485,66 @@ def _entered(name: str, x: Any, place: Any) -> Any:
     return place(x, PartitionSpec(*[None] * x.ndim)) if jax.typeof(x).sharding.mesh.empty else x
 
 
-def _sizes(mesh: Any) -> Mapping[str, int]:
-    """Axes of a mesh, of the one that `jax.set_mesh` made current, or sizes as they are."""
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.shape:
-            advice = "Pass one, or call inside jax.set_mesh(mesh)."
-            check.fail("mesh", "be a jax.sharding.Mesh", "None, and none is set", advice)
-    shape = getattr(mesh, "shape", None)
-    if not isinstance(shape, Mapping):
-        advice = "jax.make_mesh makes one."
-        check.fail("mesh", "be a jax.sharding.Mesh", check.shown(mesh), advice, TypeError)
-    return shape
+def _cuts(placement: Placement, axes: tuple[str, ...]) -> dict[str, Any]:
+    """Axis letter of an array, as in `ROLES`, -> the mesh axes that cut it."""
+    length = axes if len(axes) == 2 else axes[0]
+    heads = placement.head_axis
+    return {"b": placement.batch_axis, "n": heads, "k": heads, "i": length, "j": length}
 
 
-def _axes(
-    sizes: Mapping[str, int], length_axis: Any, batch_axis: Any, head_axis: Any
-) -> tuple[str, ...]:
-    """The mesh axes of the length; checks all of them."""
-    length = (length_axis,) if isinstance(length_axis, str) else length_axis
-    if not isinstance(length, tuple) or len(length) not in (1, 2):
-        advice = "Pass 'context', say, or ('ring', 'heads')."
-        got = check.shown(length_axis)
-        check.fail("length_axis", "be one mesh axis or two", got, advice, TypeError)
-    named = [("length_axis", axis) for axis in length]
-    named += [(n, a) for n, a in (("batch_axis", batch_axis), ("head_axis", head_axis)) if a]
-    for name, axis in named:
-        if axis not in sizes:
-            advice = "Name one of its axes."
-            check.fail(name, f"be an axis of the mesh {dict(sizes)}", repr(axis), advice)
-    taken = [axis for _, axis in named]
-    if len(set(taken)) < len(taken):
-        got, advice = ", ".join(map(repr, taken)), "An axis cuts one thing."
-        check.fail("length_axis`, `batch_axis` and `head_axis", "differ", got, advice)
-    return length
-
-
-def _prepared(
-    function: str,
-    arrays: tuple[Any, Any, Any, Any],
-    options: Any,
-    mesh: Any,
-    axes: tuple[Any, Any, Any],
-    context_parallel: str,
-    order: str,
-) -> tuple[read.Reading, Call, Plan, tuple[str, ...]]:
-    """Reads a call on whole arrays: what was read, one device's record of the whole, the plan."""
-    rest, fixed = _fixed(function, options)
-    check.choice("context_parallel", context_parallel, context.WAYS)
-    sizes = _sizes(mesh)
-    length, batch_axis, head_axis = _axes(sizes, *axes), axes[1], axes[2]
-    reading = read.read(*arrays, rest, **fixed)
-    call = reading.call
-    shares = {"batch": batch_axis, "heads": head_axis, "kv_heads": head_axis}
-    for field, axis in shares.items():
-        count = getattr(call, field)
-        if axis is not None and count % sizes[axis]:
-            what = {"batch": "batch", "heads": "heads of q", "kv_heads": "heads of k"}[field]
-            got = f"{count} over {sizes[axis]} devices of {axis!r}"
-            name = "head_axis" if axis == head_axis else "batch_axis"
-            check.fail(name, f"divide the {what}", got, "Use a smaller axis, or None.")
-    devices = [sizes[axis] for axis in length]
-    context.check_order(order, call, devices[0])
-    own = {
-        field: getattr(call, field) // (sizes[axis] if axis else 1)
-        for field, axis in shares.items()
-    }
-    multiple = math.prod(devices)
-    lengths = {name: -(-getattr(call, name) // multiple) * multiple for name in ("q_len", "k_len")}
-    one = dataclasses.replace(call, **own, **lengths)
-    pair = (devices[0], devices[1]) if len(devices) == 2 else (devices[0], 0)
-    return reading, one, context.plan(one, pair, context_parallel, order), length
-
-
-def _spec(name: str, x: Any, call: Call, cut: dict[str, Any]) -> PartitionSpec:
+def _spec(name: str, x: Any, call: Call, cuts: dict[str, Any]) -> PartitionSpec:
     """How an array of a call lies on the mesh; a term's axis of size 1 is the same everywhere."""
-    places = dict(cut)
-    if name in ("mask", "bias"):
-        places.pop("j")
+    # The rows of a mask or bias are whole: a device needs them for the keys of all the others.
+    whole = ("j",) if name in ("mask", "bias") else ()
     axes = zip(roles(call.layout, name), x.shape, strict=True)
     return PartitionSpec(
-        *(places.get(letter) if size != 1 or name in ROLES else None for letter, size in axes)
+        *(
+            cuts.get(letter) if letter not in whole and (size != 1 or name in ROLES) else None
+            for letter, size in axes
+        )
     )
+
+
+def _attend_on_mesh(arrays: tuple[Any, Any, Any, Any], options: Any, placement: Placement) -> Any:
+    """`context_parallel_attention`: pads, places, attends inside `shard_map`, and unpads."""
+    prepared = _prepare("context_parallel_attention", arrays, options, placement)
+    reading, axes = prepared.reading, prepared.axes
+    place = _resharding(placement.mesh)
+    entered = {name: _entered(name, x, place) for name, x in reading.given.items()}
+    call, padded = context.padded(
+        reading.call, read.arrays(reading.call, entered), prepared.devices
+    )
+    # Padding may have added lengths to the terms.
+    share = dataclasses.replace(prepared.share, terms=call.terms)
+
+    def attend(operands: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        own = context.with_origin(
+            share, Arrays(**operands), placement.batch_axis, placement.head_axis
+        )
+        return context.attend(share, own, prepared.plan, axes, options.get("implementation"))
+
+    cuts = _cuts(placement, axes)
+    results = {
+        name: jax.ShapeDtypeStruct(call.shape(roles(call.layout, name)), call.dtype)
+        for name in ("out", "lse")
+    }
+    operands = {name: x for name, x in padded._asdict().items() if x is not None}
+    in_specs = {name: _spec(name, x, call, cuts) for name, x in operands.items()}
+    out_specs = tuple(_spec(name, x, call, cuts) for name, x in results.items())
+    operands = {name: place(x, in_specs[name]) for name, x in operands.items()}
+    out, lse = jax.shard_map(
+        attend, mesh=placement.mesh, in_specs=(in_specs,), out_specs=out_specs
+    )(operands)
+    is_padded = call.q_len > reading.call.q_len
+    if is_padded:
+        cuts |= {"i": None}  # what is left can no longer be shared equally
+    # Where nothing moves, a cotangent that knows no mesh is brought into place by this.
+    out, lse = (place(x, _spec(name, x, call, cuts)) for name, x in (("out", out), ("lse", lse)))
+    if is_padded:
+        at = roles(call.layout, "out").index("i")
+        out, lse = (x[(slice(None),) * at + (slice(reading.call.q_len),)] for x in (out, lse))
+    out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
+    return (out, lse) if options.get("return_lse", False) else out
 
 
 def context_parallel_attention(
@@ -367,10 +567,10 @@ def context_parallel_attention(
     lengths that the devices do not divide are padded, and the padding hidden.
 
     Args:
-        q: Queries, as in `flash_attention`.
-        k: Keys.
-        v: Values.
-        mask: As in `flash_attention`.
+        q: All queries, (b, h, i, d) or the other ranks of `flash_attention`, of a floating dtype.
+        k: All keys, (b, hk, j, d), of the same dtype.
+        v: All values, (b, hk, j, e), of the same dtype.
+        mask: As in `flash_attention`: (b, h, i, j) with ones, or (b, j).
         mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`. Its axes may be automatic,
             explicit or both. On explicit ones `jax.grad` outside `jax.jit` needs `jax.set_mesh`, as
             it does for any function of JAX.
@@ -387,7 +587,8 @@ def context_parallel_attention(
             `ring_attention`.
 
     Returns:
-        As `flash_attention`: out, or with return_lse (out, lse), sharded as the queries.
+        As `flash_attention`: out (b, h, i, e) in the dtype of q, or with return_lse (out, lse),
+        sharded as the queries.
 
     Raises:
         ValueError: If an axis is not in the mesh or does not divide the batch or heads, or as
@@ -405,50 +606,15 @@ def context_parallel_attention(
         >>> bool(jax.numpy.allclose(out, flash_attention(q, k, v, causal=True), atol=1e-5))
         True
     """
-    reading, one, chosen, length = _prepared(
-        "context_parallel_attention",
-        (q, k, v, mask),
-        options,
-        mesh,
-        (length_axis, batch_axis, head_axis),
-        context_parallel,
-        order,
+    placement = Placement(
+        mesh=mesh,
+        length_axis=length_axis,
+        batch_axis=batch_axis,
+        head_axis=head_axis,
+        context_parallel=context_parallel,
+        order=order,
     )
-    sizes = _sizes(mesh)
-    multiple = math.prod(sizes[axis] for axis in length)
-    place = _resharding(mesh)
-    entered = {name: _entered(name, x, place) for name, x in reading.given.items()}
-    given = read.arrays(reading.call, entered)
-    call, given = context.padded(reading.call, given, multiple)
-    whole = {name: x for name, x in given._asdict().items() if x is not None}
-    over = length if len(length) == 2 else length[0]
-    cut = {"b": batch_axis, "n": head_axis, "k": head_axis, "i": over, "j": over}
-    one = dataclasses.replace(one, terms=call.terms)
-
-    def attend(whole: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        arrays = context.with_origin(one, Arrays(**whole), batch_axis, head_axis)
-        return context.attend(one, arrays, chosen, length, options.get("implementation"))
-
-    results = {
-        name: jax.ShapeDtypeStruct(call.shape(roles(call.layout, name)), call.dtype)
-        for name in ("out", "lse")
-    }
-    in_specs = {name: _spec(name, x, call, cut) for name, x in whole.items()}
-    out_specs = {name: _spec(name, x, call, cut) for name, x in results.items()}
-    whole = {name: place(x, in_specs[name]) for name, x in whole.items()}
-    out, lse = jax.shard_map(
-        attend, mesh=mesh, in_specs=(in_specs,), out_specs=(out_specs["out"], out_specs["lse"])
-    )(whole)
-    padded = call.q_len > reading.call.q_len
-    if padded:
-        cut |= {"i": None}  # what is left can no longer be shared equally
-    # Where nothing moves, a cotangent that knows no mesh is brought into place by this.
-    out, lse = (place(x, _spec(name, x, call, cut)) for name, x in (("out", out), ("lse", lse)))
-    if padded:
-        at = roles(call.layout, "out").index("i")
-        out, lse = (x[(slice(None),) * at + (slice(reading.call.q_len),)] for x in (out, lse))
-    out, lse = out.reshape(reading.out_shape), lse.reshape(reading.lse_shape)
-    return (out, lse) if options.get("return_lse", False) else out
+    return _attend_on_mesh((q, k, v, mask), options, placement)
 
 
 def explain_context_parallel(
@@ -502,63 +668,12 @@ def explain_context_parallel(
         forward:  14 collective-permute: 5,505,024 bytes sent by each device
         backward: 30 collective-permute: 18,087,936 bytes sent by each device
     """
-    arrays, axes = (q, k, v, mask), (length_axis, batch_axis, head_axis)
-    function = "explain_context_parallel"
-    return _prepared(function, arrays, options, mesh, axes, context_parallel, order)[2]
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where attention layers run: the attribute `placement` of the Flax modules.
-
-    Attributes:
-        mesh: A `jax.sharding.Mesh`; None = the one of `jax.set_mesh`.
-        length_axis: As in `context_parallel_attention`; so are the rest.
-        batch_axis: The mesh axis of the batch, or None.
-        head_axis: The mesh axis of the heads, or None.
-        context_parallel: "auto", "ring", "ulysses" or "ring+ulysses".
-        order: "contiguous", or "zigzag" where tokens come in that order.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flash_attention_jax.linen import Attention
-        >>> from flash_attention_jax.sharding import Placement
-        >>> mesh = jax.sharding.Mesh(jax.devices(), ("context",))
-        >>> x = jax.random.normal(jax.random.key(0), (2, 16, 32), jnp.float32)
-        >>> layer = Attention(dim=32, heads=4, dim_head=8, causal=True, rotary=True)
-        >>> y, params = layer.init_with_output(jax.random.key(1), x)
-        >>> on_mesh = layer.clone(placement=Placement(mesh))
-        >>> bool(jnp.allclose(on_mesh.apply(params, x), y, atol=1e-5))
-        True
-    """
-
-    mesh: Any = None
-    length_axis: str | tuple[str, str] = "context"
-    batch_axis: str | None = None
-    head_axis: str | None = None
-    context_parallel: str = "auto"
-    order: str = "contiguous"
-
-    def attend(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
-        """`dot_product_attention` here; options by the names of that function.
-
-        Args:
-            query: (batch, length, heads, dim).
-            key: (batch, length, key heads, dim).
-            value: The same.
-            **options: Those of `dot_product_attention`.
-
-        Returns:
-            (batch, length, heads, dim).
-        """
-        ours = {theirs: name for name, theirs in JAX_NAMES.items()}
-        named: dict[str, Any] = {ours.get(name, name): x for name, x in options.items()}
-        axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return context_parallel_attention(query, key, value, layout="heads_last", **axes, **named)
-
-    def positions(self, length: int) -> jax.Array | None:
-        """Where the tokens of a whole sequence stand; None = one after another."""
-        if self.order == "contiguous":
-            return None
-        ring = self.length_axis if isinstance(self.length_axis, str) else self.length_axis[0]
-        return zigzag(jnp.arange(length, dtype=jnp.int32), 0, devices=_sizes(self.mesh)[ring])
+    placement = Placement(
+        mesh=mesh,
+        length_axis=length_axis,
+        batch_axis=batch_axis,
+        head_axis=head_axis,
+        context_parallel=context_parallel,
+        order=order,
+    )
+    return _prepare("explain_context_parallel", (q, k, v, mask), options, placement).plan

@@ -56,34 +56,34 @@ def attention_fn(
         query: (..., q_len, heads, dim), any number of batch axes.
         key: (..., kv_len, kv_heads, dim); `heads` is a multiple of `kv_heads`.
         value: (..., kv_len, kv_heads, v_dim).
-        bias: added to the logits, broadcasts to (..., heads, q_len, kv_len).
-        mask: nonzero = may attend, of any dtype (Flax's helpers make float32 ones), broadcasts to
+        bias: Added to the logits, broadcasts to (..., heads, q_len, kv_len).
+        mask: Nonzero = may attend, of any dtype (Flax's helpers make float32 ones), broadcasts to
             (..., heads, q_len, kv_len).
-        broadcast_dropout: one dropout mask for all batch entries and heads; False = one for each.
-        dropout_rng: the key that dropout draws from; needed where `dropout_rate` is positive.
-        dropout_rate: probability of dropping an attention weight, 0 <= rate < 1.
-        deterministic: no dropout.
-        dtype: compute in this dtype. `None` means the common dtype of the inputs.
-        precision: as in JAX.
-        module: must be `None`: there are no weights to sow.
-        force_fp32_for_softmax: without effect: the softmax is always computed in float32 at least.
-        einsum_dot_general: must be `None`.
-        qk_attn_weights_einsum: must be `None`.
-        attn_weights_value_einsum: must be `None`.
-        promote_dtype: as in `flax.nnx`: what brings (query, key, value) into one dtype.
-        is_causal: query i attends to keys j <= i, as `flax.nnx` asks for it.
-        input_positions: must be `None`: no position enters here.
-        **options: further options of `flash_attention_jax.dot_product_attention`, see
+        broadcast_dropout: One dropout mask for all batch entries and heads; False = one for each.
+        dropout_rng: The key that dropout draws from; needed where `dropout_rate` is positive.
+        dropout_rate: Probability of dropping an attention weight, 0 <= rate < 1.
+        deterministic: No dropout.
+        dtype: Compute in this dtype. `None` means the common dtype of the inputs.
+        precision: As in JAX.
+        module: Must be `None`: there are no weights to sow.
+        force_fp32_for_softmax: Without effect: the softmax is always computed in float32 at least.
+        einsum_dot_general: Must be `None`.
+        qk_attn_weights_einsum: Must be `None`.
+        attn_weights_value_einsum: Must be `None`.
+        promote_dtype: As in `flax.nnx`: what brings (query, key, value) into one dtype.
+        is_causal: Query i attends to keys j <= i, as `flax.nnx` asks for it.
+        input_positions: Must be `None`: no position enters here.
+        **options: Further options of `flash_attention_jax.dot_product_attention`, see
             `make_attention_fn`.
 
     Returns:
         (..., q_len, heads, v_dim), in the dtype computed in.
 
     Raises:
-        NotImplementedError: the weights were asked for (`sow_weights=True`), another einsum, or
+        NotImplementedError: The weights were asked for (`sow_weights=True`), another einsum, or
             `input_positions` were given.
-        TypeError: as `flash_attention_jax.dot_product_attention` does.
-        ValueError: dropout without a key, or as `flash_attention_jax.dot_product_attention` does.
+        TypeError: As `flash_attention_jax.dot_product_attention` does.
+        ValueError: Dropout without a key, or as `flash_attention_jax.dot_product_attention` does.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -156,22 +156,22 @@ def make_attention_fn(
 
     Args:
         similarity: "dot" or "cosine".
-        scale: multiplies the similarities, a number or one per head. `None` means 1 / sqrt(dim) for
+        scale: Multiplies the similarities, a number or one per head. `None` means 1 / sqrt(dim) for
             the dot product, 10 for cosine similarity.
-        window: keys to the left and to the right of the query's own that it may attend to, both
+        window: Keys to the left and to the right of the query's own that it may attend to, both
             inclusive; one number counts for both sides. `None` means all. About the diagonal j = i:
             leave it out in a layer with `decode=True`, where the one query is not at key 0.
-        is_causal: query i attends to keys j <= i, whatever the mask says. Leave it False in a layer
+        is_causal: Query i attends to keys j <= i, whatever the mask says. Leave it False in a layer
             with `decode=True`, where Flax makes the mask.
-        implementation: the engine that must run it; `None` lets the library choose.
-        **options: any other keyword of `flash_attention_jax.dot_product_attention`:
+        implementation: The engine that must run it; `None` lets the library choose.
+        **options: Any other keyword of `flash_attention_jax.dot_product_attention`:
             logits_soft_cap, sinks, alibi_slopes, groups, q_segment_ids, ...
 
     Returns:
         A function with the arguments of `attention_fn`.
 
     Raises:
-        TypeError: from the function, for an option that the layer passes too, as `dropout_rate`.
+        TypeError: From the function, for an option that the layer passes too, as `dropout_rate`.
         ValueError: `similarity` is unknown, `dropout_rate` no rate, or `return_residual` was asked
             for.
 
@@ -197,7 +197,7 @@ def make_attention_fn(
     @functools.wraps(attention_fn)
     def configured(*args: Any, **kwargs: Any) -> Array:
         for name in sorted(options.keys() & kwargs.keys()):
-            made, passed = (check.shown(given[name]) for given in (options, kwargs))
+            made, passed = check.shown(options[name]), check.shown(kwargs[name])
             advice = "Flax's layers pass it themselves: give it to the layer alone."
             got = f"{made} from make_attention_fn and {passed} from its caller"
             check.fail(name, "be given once", got, advice, TypeError)
@@ -261,10 +261,11 @@ def _attend_with_one_dropout_mask(query: Array, key: Array, value: Array, **opti
         terms[name] = x
         over_batch[name], over_heads[name] = (0 if flag else None for flag in (of_batch, of_head))
 
-    def one(q: Array, k: Array, v: Array, terms: dict[str, Any]) -> Array:
+    def attend_one_head(q: Array, k: Array, v: Array, terms: dict[str, Any]) -> Array:
         return dot_product_attention(q[:, None], k[:, None], v[:, None], **terms, **options)[:, 0]
 
-    mapped = jax.vmap(one, (1, None, None, over_heads), 1)  # the query heads of one key head
+    # Inside out: over the query heads of one key head, over the key heads, over the batch.
+    mapped = jax.vmap(attend_one_head, (1, None, None, over_heads), 1)
     mapped = jax.vmap(mapped, (1, 1, 1, over_heads), 1)
     mapped = jax.vmap(mapped, (0, 0, 0, over_batch))
     grouped = query.reshape(*query.shape[:2], kv_heads, heads // kv_heads, query.shape[3])
