@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -542,15 +543,25 @@ def test_record_with_too_little_has_no_pictures(record):
     assert plots.pictures(record) == []
 
 
-def test_readme_is_what_the_results_give():
-    text = (ROOT / "README.md").read_text()
-    page, pictures = redraw.drawn(text)
+@pytest.mark.parametrize("name", redraw.PAGES)
+def test_page_is_what_the_results_give(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    page, pictures = redraw.drawn(name, text)
     assert page == text, "Run `make plots`."
+    markers = set(re.findall(r"<!-- benchmark:(\w+) -->", text))
+    assert markers == set(redraw.PAGES[name])
     for picture in pictures:
         for theme in plots.THEMES:
             path = ROOT / redraw.PICTURES / f"{picture.name}-{theme}.svg"
             assert path.exists(), "Run `make plots`."
-            assert f"{redraw.PICTURES}/{picture.name}-{theme}.svg" in page
+
+
+@pytest.mark.parametrize("name", redraw.PAGES)
+def test_pictures_of_a_page_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert links
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
 
 
 # --- the commands ----------------------------------------------------------------------------
