@@ -143,8 +143,8 @@ def page(record: dict[str, Any]) -> str:
 def empty_page() -> str:
     """What is said in place of the table as long as there are no results."""
     return (
-        "No speed has been measured on a GPU yet: no GPU was at hand. `make bench-gpu` measures it, "
-        "against cuDNN, tokamax and torch."
+        "No speed has been measured on a GPU yet. `make bench-gpu` measures it, against cuDNN, "
+        "tokamax and torch."
     )
 
 

@@ -319,6 +319,17 @@ def test_links_between_pages_lead_somewhere():
     assert broken == []
 
 
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_page_of_a_folder_has_a_line_for_each_file(folder):
+    page = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    lines = [
+        f"| `{path.name}` | {summary.splitlines()[0].removesuffix('.')} |"
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if (summary := ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+    assert [line for line in page.splitlines() if line.startswith("| `") and ".py" in line] == lines
+
+
 def test_readme_lists_every_public_name():
     index = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Every public name")[2]
     index = index.partition("\n## ")[0]
