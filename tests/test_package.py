@@ -7,11 +7,10 @@ import importlib.util
 import os
 import re
 import shutil
-import shutil
 import subprocess
 import sys
-import tarfile
 import sysconfig
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
