@@ -123,7 +123,7 @@ class Process:
 
 def prepare(workload: Any, backward: bool) -> Any:
     """Compile and warm it, apart."""
-    from measure import timer
+    from measure import make_timer
     from prepared import Prepared
 
     process = Process(workload, backward)
@@ -134,7 +134,7 @@ def prepare(workload: Any, backward: bool) -> Any:
         taken[0] += process.ask("time", calls=calls)["seconds"]
 
     return Prepared(
-        time=timer(run, clock=lambda: taken[0]),
+        time=make_timer(run, clock=lambda: taken[0]),
         results=process.results,
         temp_bytes=process.facts["temp_bytes"],
         compile_seconds=process.facts["compile_s"],

@@ -13,28 +13,29 @@ keeps what was done.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
+import command
 import jax
 import measure
 import peers
 import suite
-import tables
-from suite import Case, Run, Section, said
+import workloads
+from record import Record, Row
+from suite import Case, Run, Section, Step, name_pass
 from workloads import SEED_LENGTHS, WORKLOADS
-from workloads import said as spoken
 
 MINUTES = 11.0  # no section is begun after these; the longest takes less than one
-BUILT = ("full-4k", "dropout-4k", "causal-4k", "key-mask-4k", "segments-4k")
-QUICK_BUILT = 2  # of these
+BUILD_WORKLOADS = ("full-4k", "dropout-4k", "causal-4k", "key-mask-4k", "segments-4k")
+QUICK_BUILDS = 2  # of these
 DOUBLINGS = 2
 DOUBLED = 2.1  # linear growth, and some slack for the sizes of blocks
 COMPILE_SECONDS = 3.0
 # One block, a prime (the last block is short), a power of two, and long.
-COMPILED_LENGTHS = (127, 4099, 8192, 65536)
+BUILD_LENGTHS = (127, 4099, 8192, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ ON_CPU = (
 )
 
 
-def _against_peers(call: str, *, backward: bool, jax_nn: float) -> list[Claim]:
+def _claim_against_peers(call: str, *, backward: bool, jax_nn: float) -> list[Claim]:
     """Claims of one call at 4096 against every peer, and of cosine against dot product."""
     workload = WORKLOADS[f"{call}-4k"]
 
@@ -101,7 +102,7 @@ def _against_peers(call: str, *, backward: bool, jax_nn: float) -> list[Claim]:
     return claims
 
 
-def _share(part: str, whole: str, target: float, passes: Sequence[bool]) -> list[Claim]:
+def _claim_share(part: str, whole: str, target: float, passes: Sequence[bool]) -> list[Claim]:
     """Claims of what a call costs that sees only a part of the keys."""
     what = f"{part.partition('-')[0]} / {whole.partition('-')[0]}, both ours"
 
@@ -111,26 +112,26 @@ def _share(part: str, whole: str, target: float, passes: Sequence[bool]) -> list
     return [Claim(what, case(part, b), case(whole, b), target, True) for b in passes]
 
 
-TIMED = {
-    "forward": _against_peers("full", backward=False, jax_nn=2.5),
-    "causal-forward": _against_peers("causal", backward=False, jax_nn=3.5),
-    "forward-backward": _against_peers("full", backward=True, jax_nn=1.5),
-    "causal-forward-backward": _against_peers("causal", backward=True, jax_nn=2.5),
-    "causal-share": _share("causal-8k", "full-8k", 0.6, (False, True)),
-    "window-share": _share("window-16k", "full-16k", 0.1, (False,)),
+CLAIMS = {
+    "forward": _claim_against_peers("full", backward=False, jax_nn=2.5),
+    "causal-forward": _claim_against_peers("causal", backward=False, jax_nn=3.5),
+    "forward-backward": _claim_against_peers("full", backward=True, jax_nn=1.5),
+    "causal-forward-backward": _claim_against_peers("causal", backward=True, jax_nn=2.5),
+    "causal-share": _claim_share("causal-8k", "full-8k", 0.6, (False, True)),
+    "window-share": _claim_share("window-16k", "full-16k", 0.1, (False,)),
 }
 
 
-def sections() -> Iterator[Section]:
+def plan_sections() -> Iterator[Section]:
     """What is timed: the targets, then the sweep by length, then the named workloads."""
-    for name, claims in TIMED.items():
+    for name, claims in CLAIMS.items():
         cases = dict.fromkeys(case for claim in claims for case in (claim.above, claim.below))
         yield Section(name, tuple(cases))
     for length in SEED_LENGTHS:
-        name = f"seed-{spoken(length)}"
+        name = f"seed-{workloads.said(length)}"
         fewer = (*SWEPT[:3], OLDER[1])  # flash-attention-jax 0.3.1 is by far the slowest
         peers_of = {2048: fewer, 4096: fewer, 8192: ("blocked", "torch SDPA")}
-        yield from suite.sections_of(
+        yield from suite.make_sections(
             name,
             WORKLOADS[name],
             peers_of.get(length, SWEPT),
@@ -138,78 +139,81 @@ def sections() -> Iterator[Section]:
             seconds=6.0,
         )
     for name in ON_CPU:
-        yield from suite.sections_of(name, WORKLOADS[name], NAMED, seconds=4.0)
+        yield from suite.make_sections(name, WORKLOADS[name], NAMED, seconds=4.0)
 
 
 # --- memory and compile time: nothing is run, so lengths cost nothing ------------------------
 
 
-def memory(run: Run) -> None:
+def build_for_memory(run: Run) -> None:
     """Compile at doubling lengths, forward and with gradients."""
-    built = BUILT[:QUICK_BUILT] if run.quick else BUILT
+    names = BUILD_WORKLOADS[:QUICK_BUILDS] if run.quick else BUILD_WORKLOADS
     doublings = 1 if run.quick else DOUBLINGS
-    for peer, names in (("blocked", built), ("jax.nn", built[:1])):
-        for name, backward in itertools.product(names, (False, True)):
-            base = run.sized(WORKLOADS[name]).length
+    for peer, names_of_peer in (("blocked", names), ("jax.nn", names[:1])):
+        for name, backward in itertools.product(names_of_peer, (False, True)):
+            base = run.resize(WORKLOADS[name]).length
             for doubling in range(doublings + 1):
                 build(run, "memory", peer, name, base * 2**doubling, backward)
 
 
-def compile_times(run: Run) -> None:
+def build_for_compile_times(run: Run) -> None:
     """Compile value and gradients at some lengths."""
-    built = BUILT[:QUICK_BUILT] if run.quick else BUILT
-    for name in built:
-        for length in (127,) if run.quick else COMPILED_LENGTHS:
+    names = BUILD_WORKLOADS[:QUICK_BUILDS] if run.quick else BUILD_WORKLOADS
+    for name in names:
+        for length in (127,) if run.quick else BUILD_LENGTHS:
             build(run, "compile", "blocked", name, length, backward=True)
 
 
-BUILDS: dict[str, Callable[[Run], None]] = {"memory": memory, "compile": compile_times}
+BUILDS: dict[str, Callable[[Run], None]] = {
+    "memory": build_for_memory,
+    "compile": build_for_compile_times,
+}
 
 
 def build(run: Run, section: str, peer: str, name: str, length: int, backward: bool) -> None:
     """Compile a peer of JAX for a length, and add what that took or why it failed."""
-    suite.progress(f"{section}: compiling {peer}, {name} at {length}, {said(backward)}")
-    workload = run.sized(WORKLOADS[name]).at(length)
-    case = Case(peer, WORKLOADS[name], backward)
-    entry = {"section": section, **run.named(WORKLOADS[name], case)}
-    entry |= {"length": length, "kv_length": length}
-    for counted in ("flops", "bytes"):  # of the workload, at its own length
-        del entry[counted]
+    suite.report(f"{section}: compiling {peer}, {name} at {length}, {name_pass(backward)}")
+    workload = run.resize(WORKLOADS[name]).at(length)
+    row: Row = {"section": section, **run.describe(Case(peer, WORKLOADS[name], backward))}
+    row |= {"length": length, "kv_length": length}
+    for counted in ("flops", "bytes"):  # they are of the workload at its own length
+        del row[counted]
     try:
-        found = peers.compiled(peer, workload, backward)
-        entry |= {"temp_bytes": found.temp_bytes, "compile_s": found.seconds}
+        compiled = peers.compile_peer(peer, workload, backward)
+        row |= {"temp_bytes": compiled.temp_bytes, "compile_s": compiled.seconds}
     except measure.FAILURES as error:
-        entry["why_not"] = measure.failure(error)
-    run.record["builds"].append(entry)
+        row["why_not"] = measure.describe_failure(error)
+    run.add_build(row)
 
 
 # --- what is claimed of it -------------------------------------------------------------------
 
 
-def claims(record: dict[str, Any]) -> list[dict[str, Any]]:
+def judge(record: Record) -> list[Row]:
     """Each claim with what the record holds of it, in the order in which it was measured."""
-    found = [row for section, each in TIMED.items() for row in _ratios(record, section, each)]
-    found += _growths(record)
-    found += _longest_compilations(record)
-    if not record["quick"]:
-        for row in found:
-            if row["target"] is not None and "value" in row:
-                value, target = row["value"], row["target"]
-                row["met"] = value <= target if row["at_most"] else value >= target
-    return found
+    rows = [
+        row for section, claims in CLAIMS.items() for row in _judge_ratios(record, section, claims)
+    ]
+    rows += _judge_growth(record)
+    rows += _judge_compilations(record)
+    if record.quick:  # tiny sizes decide nothing
+        return rows
+    for row in rows:
+        if row["target"] is not None and "value" in row:
+            value, target = row["value"], row["target"]
+            row["met"] = value <= target if row["at_most"] else value >= target
+    return rows
 
 
-def _ratios(
-    record: dict[str, Any], section: str, each: Sequence[Claim]
-) -> Iterator[dict[str, Any]]:
+def _judge_ratios(record: Record, section: str, claims: Sequence[Claim]) -> Iterator[Row]:
     rows = {
         (row["peer"], row["workload"], row["pass"]): row
-        for row in record["samples"]
+        for row in record.samples
         if row["section"] == section
     }
-    for claim in each:
+    for claim in claims:
         above, below = (
-            rows.get((case.peer, case.workload.name, said(case.backward)))
+            rows.get((case.peer, case.workload.name, name_pass(case.backward)))
             for case in (claim.above, claim.below)
         )
         if above is None or below is None:
@@ -231,12 +235,12 @@ def _ratios(
         yield row
 
 
-def _growths(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _judge_growth(record: Record) -> Iterator[Row]:
     """How temporary memory grows when the length doubles: the largest of the doublings."""
-    for (peer, words, kind), builds in _grouped(record, "memory").items():
+    for (peer, words, kind), builds in _group_builds(record, "memory").items():
         lengths = [row["length"] for row in builds]
         who = "" if peer == "blocked" else f", {peer}"
-        row: dict[str, Any] = {
+        row: Row = {
             "section": "memory",
             "what": f"temporary memory when the length doubles, {lengths[0]} to {lengths[-1]}: "
             f"{words}, {kind}{who}",
@@ -256,11 +260,11 @@ def _growths(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _longest_compilations(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _judge_compilations(record: Record) -> Iterator[Row]:
     """The longest that value and gradients take to compile at any of some lengths."""
-    for (_, words, kind), builds in _grouped(record, "compile").items():
+    for (_, words, kind), builds in _group_builds(record, "compile").items():
         lengths = ", ".join(str(row["length"]) for row in builds)
-        row: dict[str, Any] = {
+        row: Row = {
             "section": "compile",
             "what": f"compile time, the longest at {lengths}: {words}, {kind}",
             "unit": "s",
@@ -275,9 +279,9 @@ def _longest_compilations(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _grouped(record: dict[str, Any], section: str) -> dict[tuple[str, str, str], list[Any]]:
-    groups: dict[tuple[str, str, str], list[Any]] = {}
-    for row in record["builds"]:
+def _group_builds(record: Record, section: str) -> dict[tuple[str, str, str], list[Row]]:
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in record.builds:
         if row["section"] == section:
             groups.setdefault((row["peer"], row["words"], row["pass"]), []).append(row)
     return groups
@@ -288,33 +292,27 @@ def _grouped(record: dict[str, Any], section: str) -> dict[tuple[str, str, str],
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    timed = {section.name: section for section in sections()}
-    known = [*TIMED, *BUILDS, *(name for name in timed if name not in TIMED)]
-    shown = dict.fromkeys(name.partition(", ")[0] for name in known)
-    parser = suite.parser(
+    sections = {section.name: section for section in plan_sections()}
+    names = [*CLAIMS, *BUILDS, *(name for name in sections if name not in CLAIMS)]
+    parser = command.make_parser(
         "Measure speed, memory and compile time on this CPU.",
         minutes=MINUTES,
-        epilog=f"Sections: {', '.join(shown)}; or how some begin, such as seed.",
+        epilog=command.list_sections(names, "seed"),
     )
-    chosen = parser.parse_args(arguments)
-    reason = suite.chosen_or_reason("cpu.py", chosen, known)
+    options = parser.parse_args(arguments)
+    reason = command.check_options("cpu.py", options, names)
     if reason is not None:
-        return suite.refuse(reason)
+        return command.refuse(reason)
     jax.config.update("jax_platforms", "cpu")
-    run = suite.begun("cpu.py", chosen)
+    run = command.begin("cpu.py", options)
 
-    def step(name: str) -> tuple[str, Callable[[], None]]:
+    def make_step(name: str) -> Step:
         if name in BUILDS:
-            return name, lambda: BUILDS[name](run)
-        return name, lambda: run.timed(suite.without(timed[name], chosen))
+            return name, functools.partial(BUILDS[name], run)
+        return command.make_step(run, sections[name], options)
 
-    def judge() -> None:
-        run.record["claims"] = claims(run.record)
-
-    run.each(map(step, suite.selected(chosen, known)), then=judge)
-    print(tables.page(run.record, folded=False))
-    run.finish()
-    return 130 if run.record["interrupted"] else 0
+    steps = map(make_step, command.select_sections(options, names))
+    return command.carry_out(run, steps, judge=judge)
 
 
 if __name__ == "__main__":

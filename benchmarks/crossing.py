@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import measure
 import peers_torch
+import record as records
 import suite
 import tables
 
@@ -32,7 +33,7 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 SECONDS = 8.0  # per row, beyond which no round is begun that is not needed
 SHORT = 16  # tokens, where the crossing is measured with backward
 CALLS = 20  # of the empty function per round: one is too short for a clock
-PASSES = (suite.said(False), suite.said(True))
+PASSES = (suite.name_pass(False), suite.name_pass(True))
 
 
 def probe(q: Any, k: Any, v: Any) -> Any:
@@ -52,7 +53,7 @@ def why_not(device: str) -> str | None:
     return None
 
 
-def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], None]]:
+def make_cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], None]]:
     """What is timed; each returns when its work is done."""
     from flash_attention_jax.torch import jax2torch
 
@@ -61,10 +62,10 @@ def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], No
     shape, dtype = (1, HEADS, length, DIM), getattr(torch, DTYPES[device])
     q, k, v, ct = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
     short = [x[:, :, :SHORT].clone() if backward else x for x in (q, k, v)]
-    chosen = {False: [q, k, v], True: short}  # by whether the function is the empty one
+    operands = {False: [q, k, v], True: short}  # by whether the function is the empty one
 
     def of_torch(function: Callable[..., Any], calls: int = 1) -> Callable[[], None]:
-        qkv = [x.detach().requires_grad_(backward) for x in chosen[calls > 1]]
+        qkv = [x.detach().requires_grad_(backward) for x in operands[calls > 1]]
 
         def run() -> None:
             for _ in range(calls):
@@ -77,7 +78,7 @@ def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], No
         return run
 
     def of_jax(function: Callable[..., Any], calls: int = 1) -> Callable[[], None]:
-        arrays = [jax.dlpack.from_dlpack(x) for x in chosen[calls > 1]]
+        arrays = [jax.dlpack.from_dlpack(x) for x in operands[calls > 1]]
         jitted = jax.jit(function)
         weights = jax.dlpack.from_dlpack(ct)
         with_gradients = jax.jit(lambda q, k, v, ct: jax.vjp(function, q, k, v)[1](ct))
@@ -103,26 +104,26 @@ def cases(device: str, length: int, backward: bool) -> dict[str, Callable[[], No
     }
 
 
-def row(device: str, length: int, backward: bool, rounds: int) -> dict[str, Any]:
-    """One length and pass, in microseconds."""
-    todo = cases(device, length, backward)
-    for run in todo.values():
+def measure_row(device: str, length: int, backward: bool, rounds: int) -> dict[str, Any]:
+    """Measure one length and pass, in microseconds."""
+    cases = make_cases(device, length, backward)
+    for run in cases.values():
         run()  # compiles
 
-    def timed(run: Callable[[], None]) -> Callable[[], float]:
-        return lambda: measure.seconds(run)
+    def make_timer(run: Callable[[], None]) -> Callable[[], float]:
+        return lambda: measure.time_call(run)
 
-    timers = {name: timed(run) for name, run in todo.items()}
+    timers = {name: make_timer(run) for name, run in cases.items()}
     least = min(suite.AT_LEAST, rounds)
-    times = list(measure.interleaved(timers, rounds, at_least=least, seconds=SECONDS))
+    times = list(measure.interleave(timers, rounds, at_least=least, seconds=SECONDS))
     crossing = [(t["empty, crossing"] - t["empty, JAX alone"]) / CALLS for t in times]
-    found: dict[str, Any] = {"device": device, "length": length, "pass": PASSES[backward]}
-    found |= {"dtype": DTYPES[device], "rounds": len(times), "crossing": _micro(crossing)}
+    columns: dict[str, Any] = {"device": device, "length": length, "pass": PASSES[backward]}
+    columns |= {"dtype": DTYPES[device], "rounds": len(times), "crossing": _micro(crossing)}
     for name in ("ours, from torch", "ours, JAX alone", "torch SDPA"):
-        found[name] = _micro([t[name] for t in times])
+        columns[name] = _micro([t[name] for t in times])
     ratio = measure.ratio([t["torch SDPA"] for t in times], [t["ours, from torch"] for t in times])
-    found["torch SDPA / ours"] = round(ratio.median, 2)
-    return found
+    columns["torch SDPA / ours"] = round(ratio.median, 2)
+    return columns
 
 
 def _micro(seconds: Sequence[float]) -> dict[str, float]:
@@ -135,23 +136,23 @@ def table(record: dict[str, Any]) -> str:
     header = ("device", "length", "pass", "crossing, µs", "its quartiles", "ours from torch, µs")
     header += ("ours in JAX, µs", "torch SDPA, µs", "torch SDPA / ours")
     lines = []
-    for found in record["rows"]:
-        if "reason" in found:
-            lines.append((found["device"], "–", f"not measured: {found['reason']}", *["–"] * 6))
+    for row in record["rows"]:
+        if "reason" in row:
+            lines.append((row["device"], "–", f"not measured: {row['reason']}", *["–"] * 6))
             continue
-        crossing = found["crossing"]
+        crossing = row["crossing"]
         lines.append(
             (
-                found["device"],
-                str(found["length"]),
-                found["pass"],
+                row["device"],
+                str(row["length"]),
+                row["pass"],
                 f"{crossing['median']:.0f}",
                 f"{crossing['low']:.0f} – {crossing['high']:.0f}",
                 *(
-                    f"{found[name]['median']:.0f}"
+                    f"{row[name]['median']:.0f}"
                     for name in ("ours, from torch", "ours, JAX alone", "torch SDPA")
                 ),
-                f"{found['torch SDPA / ours']:.2f}x",
+                f"{row['torch SDPA / ours']:.2f}x",
             )
         )
     return tables.markdown(header, lines)
@@ -169,29 +170,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=15, help="fewer where they take long")
     parser.add_argument("--out", type=Path, help="JSON to write")
-    chosen = parser.parse_args(arguments)
-    for name, least in (("lengths", min(chosen.lengths)), ("rounds", chosen.rounds)):
+    options = parser.parse_args(arguments)
+    for name, least in (("lengths", min(options.lengths)), ("rounds", options.rounds)):
         if least < 1:
             print(f"crossing.py: --{name} must be at least 1, got {least}.", file=sys.stderr)
             return 2
 
     rows: list[dict[str, Any]] = []
-    for device in chosen.devices:
+    for device in options.devices:
         if reason := why_not(device):
             rows.append({"device": device, "reason": reason})
             continue
-        for length in chosen.lengths:
+        for length in options.lengths:
             for backward in (False, True):
-                rows.append(row(device, length, backward, chosen.rounds))
+                rows.append(measure_row(device, length, backward, options.rounds))
                 print(f"{device} {length} {PASSES[backward]} done", file=sys.stderr, flush=True)
     words = ["python benchmarks/crossing.py"]
-    if tuple(chosen.lengths) != LENGTHS:
-        words.append("--lengths " + " ".join(map(str, chosen.lengths)))
-    words += [f"--rounds {chosen.rounds}"] if chosen.rounds != 15 else []
-    record = suite.header("crossing", " ".join(words)) | {"rows": rows}
+    if tuple(options.lengths) != LENGTHS:
+        words.append("--lengths " + " ".join(map(str, options.lengths)))
+    words += [f"--rounds {options.rounds}"] if options.rounds != 15 else []
+    record = records.describe_run("crossing", " ".join(words)) | {"rows": rows}
     print(table(record))
-    if chosen.out is not None:
-        suite.write(record, chosen.out)
+    if options.out is not None:
+        records.write(record, options.out)
     return 0
 
 

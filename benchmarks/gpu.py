@@ -12,17 +12,20 @@ down loses only its own row, and the measuring goes on in a new process.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import jax
+import record
 import suite
 import tables
 from suite import Case, Section
@@ -61,7 +64,7 @@ NAMED = (
 )
 
 
-def sections() -> Iterator[Section]:
+def plan_sections() -> Iterator[Section]:
     """What is timed, in the order of what matters most."""
     for dim in DIMS:  # correctness first: small, and the kernels alone
         for similarity in ("", "cosine-"):
@@ -71,12 +74,12 @@ def sections() -> Iterator[Section]:
     for length in LENGTHS[:1]:
         yield from _sweep(length)
     for name in NAMED:
-        yield from suite.sections_of(name, _half(name), PEERS, seconds=2.0)
+        yield from suite.make_sections(name, _to_bfloat16(name), PEERS, seconds=2.0)
     for length in LENGTHS[1:]:
         yield from _sweep(length)
 
 
-def _half(name: str) -> Workload:
+def _to_bfloat16(name: str) -> Workload:
     """A workload in bfloat16."""
     return dataclasses.replace(WORKLOADS[name], dtype="bfloat16")
 
@@ -89,8 +92,8 @@ def _sweep(length: str) -> Iterator[Section]:
             for backward in (False, True):
                 dot = [Case(p, WORKLOADS[f"sweep-{name}"], backward) for p in PEERS]
                 cosine = [Case(p, WORKLOADS[f"sweep-cosine-{name}"], backward) for p in KERNELS]
-                said = suite.said(backward)
-                yield Section(f"sweep-{name}, {said}", (*dot, *cosine), seconds=4.0)
+                section = f"sweep-{name}, {suite.name_pass(backward)}"
+                yield Section(section, (*dot, *cosine), seconds=4.0)
 
 
 # --- what RESULTS.md shows -------------------------------------------------------------------
@@ -119,8 +122,8 @@ def anchors_table(record: dict[str, Any] | None) -> str:
                 for peer, similarity in COLUMNS:
                     cosine = "cosine-" if similarity == "cosine" else ""
                     name = f"sweep-{cosine}d{dim}-{kind}-16k"
-                    cells.append(_cell(rows.get((name, suite.said(backward), peer))))
-                lines.append((str(dim), kind, suite.said(backward), *cells))
+                    cells.append(_cell(rows.get((name, suite.name_pass(backward), peer))))
+                lines.append((str(dim), kind, suite.name_pass(backward), *cells))
     header = [peer if similarity == "dot" else f"{peer}, cosine" for peer, similarity in COLUMNS]
     return tables.markdown(("dim", "mask", "pass", *header), lines)
 
@@ -153,67 +156,61 @@ def empty_page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and keep; the exit status is 1 where there is no GPU."""
-    every = {section.name: section for section in sections()}
-    shown = dict.fromkeys(name.partition(", ")[0] for name in every)
-    parser = suite.parser(
+    sections = {section.name: section for section in plan_sections()}
+    parser = command.make_parser(
         "Measure the kernels on an NVIDIA GPU.",
         minutes=MINUTES,
-        epilog=f"Sections: {', '.join(shown)}; or how some begin, such as sweep-d128.",
+        epilog=command.list_sections(sections, "sweep-d128"),
     )
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = parser.parse_args(given)
-    reason = suite.chosen_or_reason("gpu.py", chosen, list(every))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
+    reason = command.check_options("gpu.py", options, list(sections))
     if reason is not None:
-        return suite.refuse(reason)
+        return command.refuse(reason)
     if os.environ.get(INNER):
-        return _measure(chosen, every)
-    return _watched(given, chosen.out, chosen.minutes, chosen.fresh)
+        return _measure(options, sections)
+    return _supervise(words, options.out, options.minutes, options.fresh)
 
 
-def _measure(chosen: Any, every: dict[str, Section]) -> int:
-    """The process that measures."""
+def _measure(options: argparse.Namespace, sections: dict[str, Section]) -> int:
+    """Measure in this process, which `_supervise` started."""
     if jax.default_backend() != "gpu":
         print(f"`benchmarks/gpu.py` needs an NVIDIA GPU that JAX can use, got {jax.devices()}.")
         return 1
-    run = suite.begun("gpu.py", chosen)
-
-    def step(name: str) -> tuple[str, Callable[[], None]]:
-        return name, lambda: run.timed(suite.without(every[name], chosen))
-
+    run = command.begin("gpu.py", options)
     try:
-        run.each(map(step, suite.selected(chosen, list(every))), then=lambda: None)
+        return command.carry_out(run, command.make_steps(run, sections, options), draw=page)
     except suite.LostError as error:
-        suite.progress(f"The device is lost to this process: {error}")
+        suite.report(f"The device is lost to this process: {error}")
         return LOST
-    print(page(run.record))
-    run.finish()
-    return 130 if run.record["interrupted"] else 0
 
 
-def _watched(given: Sequence[str], out: Path | None, minutes: float, fresh: bool) -> int:
-    """Measure in another process; where it hangs or dies, go on in a new one while time is left."""
-    deadline = suite.until(minutes)
+def _supervise(words: Sequence[str], out: Path | None, minutes: float, fresh: bool) -> int:
+    """Measure in another process; if it hangs or dies, go on in a new one while time is left."""
+    deadline = command.compute_deadline(minutes)
     with tempfile.TemporaryDirectory() as folder:
+        # Without --out too, the next process must see what the last one had done.
         path = Path(folder) / "gpu.json" if out is None else out
-        again = [word for word in given if word != "--fresh"]
+        # A second --fresh would throw away what the first process measured.
+        resuming = [word for word in words if word != "--fresh"]
         while True:
             left = max((deadline - time.monotonic()) / 60, 0.01)
-            arguments = [*(given if fresh else again), "--out", str(path)]
+            arguments = [*(words if fresh else resuming), "--out", str(path)]
             arguments += ["--minutes", f"{left:.3f}"]
             fresh = False
-            code = _one_process([sys.executable, __file__, *arguments], path)
-            if code in (0, 1, 2, 130):
+            code = _watch([sys.executable, __file__, *arguments], path)
+            if code in (0, 1, command.WRONG, command.INTERRUPTED):
                 return code
             if time.monotonic() > deadline:
                 print(f"Out of time; the last process ended with code {code}.", file=sys.stderr)
                 return 1
-            suite.progress(f"The process ended with code {code}; going on in a new one.")
+            suite.report(f"The process ended with code {code}; going on in a new one.")
 
 
-def _one_process(command: Sequence[str], path: Path) -> int:
-    """Run it; end it where its file has not changed for too long."""
+def _watch(words: Sequence[str], path: Path) -> int:
+    """Run a command in a process, and end it if its file has not changed for too long."""
     environment = {**os.environ, INNER: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(words, env=environment)
     begin = time.time()
     try:
         while True:
@@ -222,11 +219,11 @@ def _one_process(command: Sequence[str], path: Path) -> int:
             except subprocess.TimeoutExpired:
                 pass
             try:
-                changed = suite.working(path).stat().st_mtime
+                changed = record.working_path(path).stat().st_mtime
             except OSError:
                 changed = begin
             if time.time() - max(changed, begin) > STALLED:
-                suite.progress(f"No word for {STALLED:.0f} s: ending the process.")
+                suite.report(f"No word for {STALLED:.0f} s: ending the process.")
                 process.kill()
     except KeyboardInterrupt:
         return process.wait()  # it has had the same signal, and keeps what it has

@@ -47,26 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=131072, help="queries and keys")
     parser.add_argument("--dim", type=int, default=512, help="of each of them")
     parser.add_argument("--causal", action="store_true", help="see earlier keys only")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     for name in ("length", "dim"):
-        if getattr(chosen, name) < 1:
-            got = getattr(chosen, name)
+        if getattr(options, name) < 1:
+            got = getattr(options, name)
             print(f"long.py: --{name} must be at least 1, got {got}.", file=sys.stderr)
             return 2
 
     jax.config.update("jax_platforms", "cpu")
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((chosen.length, chosen.dim), np.float32) for _ in "qkv")
+    q, k, v = (rng.standard_normal((options.length, options.dim), np.float32) for _ in "qkv")
     arrays = [jax.device_put(x) for x in (q, k, v)]
     abstract = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    build = measure.compiled(
-        lambda q, k, v: flash_attention(q, k, v, causal=chosen.causal), *[abstract] * 3
+    build = measure.compile_cold(
+        lambda q, k, v: flash_attention(q, k, v, causal=options.causal), *[abstract] * 3
     )
     jax.block_until_ready(arrays)
     before = measure.peak_bytes()
+    mask, machine = ", causal" if options.causal else "", measure.describe_machine()
     print(
-        f"({chosen.length}, {chosen.dim}) float32{', causal' if chosen.causal else ''}, forward, "
-        f"on {measure.machine()['cpu']}, {measure.machine()['cores']} cores",
+        f"({options.length}, {options.dim}) float32{mask}, forward, "
+        f"on {machine['cpu']}, {machine['cores']} cores",
         flush=True,
     )
     start = time.perf_counter()
@@ -74,14 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     after = measure.peak_bytes()
     # The usual count: two products of length * length * dim, half of them where causal.
-    operations = 4 * chosen.length**2 * chosen.dim / (2 if chosen.causal else 1)
+    operations = 4 * options.length**2 * options.dim / (2 if options.causal else 1)
     print(f"compile time       {build.seconds:.2f} s")
     print(f"time               {seconds:.2f} s ({operations / seconds / 1e9:.1f} GFLOP/s)")
     print(f"temporary memory   {gibibytes(build.temp_bytes)}, by the compiler")
     print(f"one array          {gibibytes(q.nbytes)}; three go in, one comes out")
     print(f"peak resident      {gibibytes(after)}, {gibibytes(before)} of it before the run")
-    print(f"all the logits     {gibibytes(4 * chosen.length**2)}, never held")
-    print(f"error              {error_of_rows(q, k, v, np.asarray(out), chosen.causal):.1e}")
+    print(f"all the logits     {gibibytes(4 * options.length**2)}, never held")
+    print(f"error              {error_of_rows(q, k, v, np.asarray(out), options.causal):.1e}")
     return 0
 
 

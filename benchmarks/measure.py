@@ -81,29 +81,29 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
     return summarize([a / b for a, b in zip(above, below, strict=True)])
 
 
-def relative_error(found: np.ndarray, right: np.ndarray) -> float:
+def relative_error(result: np.ndarray, reference: np.ndarray) -> float:
     """The largest difference over the largest magnitude; infinite where anything is not finite."""
-    if not np.isfinite(found).all():
+    if not np.isfinite(result).all():
         return float("inf")
-    return float(np.abs(found - right).max() / np.abs(right).max())
+    return float(np.abs(result - reference).max() / np.abs(reference).max())
 
 
 # --- time ------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+def time_call(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """How long one call takes that returns when its work is done."""
     start = clock()
     run()
     return clock() - start
 
 
-def timer(
+def make_timer(
     run: Callable[[int], Any], clock: Callable[[], float] = time.perf_counter
 ) -> Callable[[], float]:
-    """What tells the seconds of one call of `run`, which is warm and returns when it is done.
+    """A function that measures one call of `run`, which is warm and returns when it is done.
 
-    Short ones are called several times in each round: as often as fills SHORTEST.
+    Short calls are repeated in each round, as often as fills SHORTEST.
 
     Args:
         run: does its work as many times as it is told.
@@ -113,17 +113,17 @@ def timer(
 
     def time_once() -> float:
         if not calls:
-            one = max(seconds(lambda: run(1), clock), 1e-9)
-            calls.append(min(max(math.ceil(SHORTEST / one), 1), MOST_CALLS))
+            first = max(time_call(lambda: run(1), clock), 1e-9)
+            calls.append(min(max(math.ceil(SHORTEST / first), 1), MOST_CALLS))
             if calls == [1]:
-                return one
-        return seconds(lambda: run(calls[0]), clock) / calls[0]
+                return first
+        return time_call(lambda: run(calls[0]), clock) / calls[0]
 
     return time_once
 
 
-def repeated(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> Callable[[int], None]:
-    """What calls a function of JAX as often as told, on one set of arguments after another."""
+def repeat(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> Callable[[int], None]:
+    """A function that calls one of JAX as often as told, on one set of arguments after another."""
     waits = jax.default_backend() == "cpu"  # a GPU works through a queue; a CPU's calls overlap
 
     def calls(count: int) -> None:
@@ -137,7 +137,7 @@ def repeated(run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> Callable
     return calls
 
 
-def interleaved(
+def interleave(
     cases: Mapping[Key, Callable[[], float]],
     rounds: int,
     *,
@@ -148,7 +148,8 @@ def interleaved(
     """Time every case once per round, in an order shuffled anew; yield the seconds of each round.
 
     Args:
-        cases: each runs what it times and returns the seconds that one call took, as `timer` does.
+        cases: each runs what it times and returns the seconds that one call took, as the function
+            that `make_timer` makes.
         rounds: rounds to run.
         at_least: rounds that are run even beyond `seconds`; None = all.
         seconds: no round is begun after this long.
@@ -168,7 +169,7 @@ def interleaved(
         yield {name: times[name] for name in cases}
 
 
-def rotated(nbytes: int, platform_name: str) -> int:
+def count_sets(nbytes: int, platform_name: str) -> int:
     """How many sets of inputs of a size to rotate through."""
     wanted = ROTATED_BYTES.get(platform_name, ROTATED_BYTES["cpu"])
     return min(max(math.ceil(wanted / max(nbytes, 1)), 1), MOST_SETS)
@@ -177,7 +178,7 @@ def rotated(nbytes: int, platform_name: str) -> int:
 # --- what the machine can do -----------------------------------------------------------------
 
 
-def rates(*, quick: bool = False) -> dict[str, Any]:
+def measure_rates(*, quick: bool = False) -> dict[str, Any]:
     """The rate of a matrix product and of a copy on JAX's default device, in this run.
 
     Returns:
@@ -189,10 +190,10 @@ def rates(*, quick: bool = False) -> dict[str, Any]:
     a, b = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(1)))
     x = jax.random.normal(jax.random.key(2), (size,), dtype)
 
-    def median(function: Callable[..., jax.Array], *given: jax.Array) -> float:
-        run = repeated(jax.jit(function), [given])
+    def median(function: Callable[..., jax.Array], *operands: jax.Array) -> float:
+        run = repeat(jax.jit(function), [operands])
         run(1)  # compiles
-        time_once = timer(run)
+        time_once = make_timer(run)
         return summarize([time_once() for _ in range(3 if quick else 7)]).median
 
     product = median(lambda a, b: a @ b, a, b)
@@ -266,13 +267,13 @@ FATAL = (
 )
 
 
-def failure(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """What a table says of a case that could not run."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return "oom"
     kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-    return f"failed: {kind}{said[0][:200]}"
+    return f"failed: {kind}{lines[0][:200]}"
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -298,7 +299,7 @@ class Build:
     temp_bytes: int | None
 
 
-def compiled(function: Callable[..., Any], *arguments: Any) -> Build:
+def compile_cold(function: Callable[..., Any], *arguments: Any) -> Build:
     """Compile for these arguments (arrays, or their shapes), from cold caches."""
     jax.clear_caches()
     start = time.perf_counter()
@@ -311,18 +312,18 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Build:
 # --- where and with what ---------------------------------------------------------------------
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of what the benchmark runs; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+def list_versions() -> dict[str, str | None]:
+    """The versions of Python and of what the benchmark runs; None for what is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("flash-attention-jax", "jax", "jaxlib", "numpy", "torch", "tokamax", "triton"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The processor, its cores and its load, and the settings that change speed."""
     gpu = jax.default_backend() == "gpu"
     settings = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC")
@@ -348,7 +349,7 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def commit() -> dict[str, Any]:
+def read_commit() -> dict[str, Any]:
     """The git commit that is measured, and whether the files differ from it; None where unknown."""
     head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {"commit": head, "dirty": None if status is None else bool(status)}

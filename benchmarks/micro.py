@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+import command
 import jax
 import suite
-import tables
 from suite import Section
 from workloads import WORKLOADS
 
@@ -30,7 +30,7 @@ NAMES = (
 )
 
 
-def sections() -> Iterator[Section]:
+def plan_sections() -> Iterator[Section]:
     """What is timed: at most half a second in each round."""
     for name, passes in NAMES:
         # jax.nn's logits of the long window would take 8 GiB.
@@ -38,27 +38,20 @@ def sections() -> Iterator[Section]:
         workload = WORKLOADS[name]
         if name in ("full-4k", "causal-4k"):
             workload = dataclasses.replace(workload, heads=2)
-        yield from suite.sections_of(name, workload, peers, passes=passes, seconds=2.0)
+        yield from suite.make_sections(name, workload, peers, passes=passes, seconds=2.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    every = {section.name: section for section in sections()}
-    parser = suite.parser("Measure a small set on this CPU, and print it.", minutes=MINUTES)
-    chosen = parser.parse_args(arguments)
-    reason = suite.chosen_or_reason("micro.py", chosen, list(every))
+    sections = {section.name: section for section in plan_sections()}
+    parser = command.make_parser("Measure a small set on this CPU, and print it.", minutes=MINUTES)
+    options = parser.parse_args(arguments)
+    reason = command.check_options("micro.py", options, list(sections))
     if reason is not None:
-        return suite.refuse(reason)
+        return command.refuse(reason)
     jax.config.update("jax_platforms", "cpu")
-    run = suite.begun("micro.py", chosen)
-
-    def step(name: str) -> tuple[str, Callable[[], None]]:
-        return name, lambda: run.timed(suite.without(every[name], chosen))
-
-    run.each(map(step, suite.selected(chosen, list(every))), then=lambda: None)
-    print(tables.page(run.record, folded=False))
-    run.finish()
-    return 130 if run.record["interrupted"] else 0
+    run = command.begin("micro.py", options)
+    return command.carry_out(run, command.make_steps(run, sections, options))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+import command
 import peers
 import suite
 import tables
@@ -25,60 +27,60 @@ from workloads import DTYPES, SEED_LENGTHS, WORKLOADS, Workload
 MINUTES = 60.0
 
 
-def chosen_workloads(chosen: argparse.Namespace) -> Iterator[Workload]:
+def select_workloads(options: argparse.Namespace) -> Iterator[Workload]:
     """The workloads that the options name, changed as they say.
 
     Raises:
         ValueError: If a name is none, or an option leaves nothing that makes sense.
     """
     for name in ("seq_lens", "num_times"):
-        values = getattr(chosen, name)
+        values = getattr(options, name)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least 1, got {value}.")
-    if not 0 <= chosen.mask_prob < 1:
-        raise ValueError(f"--mask-prob must be at least 0 and under 1, got {chosen.mask_prob:g}.")
-    if chosen.only_forwards and chosen.only_backwards:
+    if not 0 <= options.mask_prob < 1:
+        raise ValueError(f"--mask-prob must be at least 0 and under 1, got {options.mask_prob:g}.")
+    if options.only_forwards and options.only_backwards:
         raise ValueError("--only-forwards and --only-backwards leave nothing to measure.")
     base: list[Workload] = []
-    for name in suite.names(chosen.workloads):
-        found = suite.covered(name, list(WORKLOADS))
-        base += [WORKLOADS[each] for each in found] if found else [workloads.named(name)]
-    if not chosen.workloads:
+    for name in command.split_names(options.workloads):
+        matches = command.match_sections(name, list(WORKLOADS))
+        base += [WORKLOADS[match] for match in matches] or [workloads.named(name)]
+    if not options.workloads:
         seed = WORKLOADS["seed-1k"]
-        for n in chosen.seq_lens or SEED_LENGTHS:
+        for n in options.seq_lens or SEED_LENGTHS:
             base.append(dataclasses.replace(seed, name=f"seed-{workloads.said(n)}", length=n))
-    dtypes = chosen.dtypes or (None if chosen.workloads else ["float32", "float16"])
+    dtypes = options.dtypes or (None if options.workloads else ["float32", "float16"])
     for workload in base:
         for dtype in dtypes or [workload.dtype]:
             changed = dataclasses.replace(workload, dtype=dtype)
-            if chosen.causal:
+            if options.causal:
                 changed = dataclasses.replace(changed, causal=True)
-            if chosen.mask_prob:
-                changed = dataclasses.replace(changed, mask_prob=chosen.mask_prob)
+            if options.mask_prob:
+                changed = dataclasses.replace(changed, mask_prob=options.mask_prob)
             yield changed
 
 
-def sections(chosen: argparse.Namespace, found: Sequence[Workload]) -> Iterator[Section]:
+def plan_sections(options: argparse.Namespace, selected: Sequence[Workload]) -> Iterator[Section]:
     """A section for each workload, dtype and pass."""
-    passes = (False,) if chosen.only_forwards else (True,) if chosen.only_backwards else None
-    every = suite.names(chosen.peers) or list(peers.PEERS)
-    for workload in found:
-        for section in suite.sections_of(
+    passes = (False,) if options.only_forwards else (True,) if options.only_backwards else None
+    every = command.split_names(options.peers) or list(peers.PEERS)
+    for workload in selected:
+        for section in suite.make_sections(
             f"{workload.name}, {workload.dtype}",
             workload,
             every,
             passes=passes or (False, True),
             seconds=10.0,
         ):
-            rounds = chosen.num_times or suite.ROUNDS
+            rounds = options.num_times or suite.ROUNDS
             yield dataclasses.replace(section, rounds=rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = suite.parser("Measure any named workloads by any peers.", minutes=MINUTES)
+    parser = command.make_parser("Measure any named workloads by any peers.", minutes=MINUTES)
     add = parser.add_argument
     add("--list", action="store_true", help="print the workloads and the peers, and stop")
     add("--workloads", nargs="+", metavar="NAME", help="workloads, or how their names begin")
@@ -89,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only-forwards", action="store_true", help="without the gradients")
     add("--only-backwards", action="store_true", help="with the gradients only")
     add("--num-times", type=int, metavar="N", help="rounds at most")
-    chosen = parser.parse_args(arguments)
-    if chosen.list:
+    options = parser.parse_args(arguments)
+    if options.list:
         print(
             tables.markdown(
                 ("workload", "source"), [(w.name, w.source) for w in WORKLOADS.values()]
@@ -98,24 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"\nPeers: {', '.join(peers.PEERS)}")
         return 0
-    reason = suite.chosen_or_reason("named.py", chosen, [])
+    reason = command.check_options("named.py", options, [])
     if reason is not None:
-        return suite.refuse(reason)
+        return command.refuse(reason)
     try:
-        every = {s.name: s for s in sections(chosen, list(chosen_workloads(chosen)))}
+        sections = {s.name: s for s in plan_sections(options, list(select_workloads(options)))}
     except ValueError as error:
-        return suite.refuse(f"named.py: {error}")
-    run = suite.begun("named.py", chosen)
-    said = map(str, sys.argv[1:] if arguments is None else arguments)
-    run.record["command"] = " ".join(["python benchmarks/named.py", *said])
-
-    def step(name: str) -> tuple[str, Callable[[], None]]:
-        return name, lambda: run.timed(every[name])
-
-    run.each(map(step, every), then=lambda: None)
-    print(tables.page(run.record, folded=False))
-    run.finish()
-    return 130 if run.record["interrupted"] else 0
+        return command.refuse(f"named.py: {error}")
+    # The shared options alone would not repeat this command.
+    words = map(str, sys.argv[1:] if arguments is None else arguments)
+    spelled = " ".join(["python benchmarks/named.py", *words])
+    run = command.begin("named.py", options, command=spelled)
+    steps = [(name, functools.partial(run.time_section, s)) for name, s in sections.items()]
+    return command.carry_out(run, steps)
 
 
 if __name__ == "__main__":

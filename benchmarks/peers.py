@@ -31,8 +31,8 @@ Attend = Callable[[Workload, dict[str, Any]], jax.Array]
 # --- what is measured ------------------------------------------------------------------------
 
 
-def differentiated(attend: Attend, workload: Workload, backward: bool) -> Callable[..., Any]:
-    """The output, or the output and the gradients for the cotangent `weights`: what is measured."""
+def differentiate(attend: Attend, workload: Workload, backward: bool) -> Callable[..., Any]:
+    """What is measured: the output, or also its gradients for the cotangent `weights`."""
     names = workloads.gradients(workload)
 
     def forward(arrays: dict[str, Any]) -> Any:
@@ -48,57 +48,55 @@ def differentiated(attend: Attend, workload: Workload, backward: bool) -> Callab
     return both if backward else forward
 
 
-def on_device(
-    workload: Workload, arrays: dict[str, np.ndarray], heads_last: bool
-) -> dict[str, Any]:
+def place(workload: Workload, arrays: dict[str, np.ndarray], heads_last: bool) -> dict[str, Any]:
     """The inputs in the workload's dtype, as JAX arrays of their own."""
 
-    def placed(name: str, x: np.ndarray) -> jax.Array:
+    def put(name: str, x: np.ndarray) -> jax.Array:
         if heads_last and name in ("q", "k", "v", "weights"):
             x = x.swapaxes(1, 2)
         dtype = workloads.DTYPES[workload.dtype] if x.dtype == np.float32 else x.dtype
         return jax.device_put(x.astype(dtype, order="C", copy=True))
 
-    placed_arrays: dict[str, Any] = {name: placed(name, x) for name, x in arrays.items()}
+    on_device: dict[str, Any] = {name: put(name, x) for name, x in arrays.items()}
     if workload.dropout:
-        placed_arrays["dropout_key"] = jax.random.key(0)
-    return placed_arrays
+        on_device["dropout_key"] = jax.random.key(0)
+    return on_device
 
 
 def prepare_jax(attend: Attend, heads_last: bool, workload: Workload, backward: bool) -> Prepared:
     """Compile and warm a function of JAX."""
-    given = workloads.inputs(workload)
-    # The forward pass is not given the cotangent, as it would not be in use.
-    given = {name: x for name, x in given.items() if backward or name != "weights"}
-    arrays = on_device(workload, given, heads_last)
-    build = measure.compiled(differentiated(attend, workload, backward), arrays)
+    inputs = workloads.inputs(workload)
+    # Inference has no cotangent, so the forward pass does not hold one either.
+    inputs = {name: x for name, x in inputs.items() if backward or name != "weights"}
+    arrays = place(workload, inputs, heads_last)
+    build = measure.compile_cold(differentiate(attend, workload, backward), arrays)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(arrays))
     room = measure.available_bytes() if jax.default_backend() == "cpu" else None
     if room is not None and build.temp_bytes is not None and build.temp_bytes > 0.8 * room:
         raise MemoryError(f"{build.temp_bytes} bytes")  # Linux would kill the process instead
     sets = [
-        arrays if index == 0 else on_device(workload, given, heads_last)
-        for index in range(measure.rotated(nbytes, jax.default_backend()))
+        arrays if index == 0 else place(workload, inputs, heads_last)
+        for index in range(measure.count_sets(nbytes, jax.default_backend()))
     ]
-    calls = measure.repeated(build.run, [[each] for each in sets])
+    calls = measure.repeat(build.run, [[each] for each in sets])
 
-    def results() -> dict[str, np.ndarray]:
-        found = build.run(arrays)
+    def compute_results() -> dict[str, np.ndarray]:
+        outputs = build.run(arrays)
         names = ["out", *(f"d{name}" for name in workloads.gradients(workload))]
-        named = dict(zip(names, found, strict=True)) if backward else {"out": found}
+        by_name = dict(zip(names, outputs, strict=True)) if backward else {"out": outputs}
 
-        def turned(name: str, x: jax.Array) -> np.ndarray:
+        def to_host(name: str, x: jax.Array) -> np.ndarray:
             array = np.asarray(x.astype(jnp.float32))
             return array.swapaxes(1, 2) if heads_last and name != "dbias" else array
 
-        return {name: turned(name, x) for name, x in named.items()}
+        return {name: to_host(name, x) for name, x in by_name.items()}
 
     before = _device_peak()
-    found = results()
+    results = compute_results()
     after = _device_peak()
     return Prepared(
-        time=measure.timer(calls),
-        results=lambda: found,
+        time=measure.make_timer(calls),
+        results=lambda: results,
         temp_bytes=build.temp_bytes,
         compile_seconds=build.seconds,
         # The allocator keeps one peak for the whole process, so it tells only who raised it.
@@ -155,18 +153,18 @@ def shapes(w: Workload, *, heads_last: bool = False) -> dict[str, Any]:
     def struct(shape: tuple[int, ...], of: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, of)
 
-    def turned(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    def order(shape: tuple[int, int, int, int]) -> tuple[int, ...]:
         return (shape[0], shape[2], shape[1], shape[3]) if heads_last else shape
 
-    q, kv = struct(turned(w.shape)), struct(turned(w.kv_shape))
-    found: dict[str, Any] = {"q": q, "k": kv, "v": kv, "weights": q}
-    found["mask"] = struct((w.batch, w.keys), jnp.bool_)
-    found["segment_ids"] = struct((w.batch, w.length), jnp.int32)
-    found["sinks"] = struct((w.heads,))
+    q, kv = struct(order(w.shape)), struct(order(w.kv_shape))
+    arrays: dict[str, Any] = {"q": q, "k": kv, "v": kv, "weights": q}
+    arrays["mask"] = struct((w.batch, w.keys), jnp.bool_)
+    arrays["segment_ids"] = struct((w.batch, w.length), jnp.int32)
+    arrays["sinks"] = struct((w.heads,))
     if w.bias:
-        found["bias"] = struct((1, w.heads, w.length, w.keys))
-    found["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
-    return found
+        arrays["bias"] = struct((1, w.heads, w.length, w.keys))
+    arrays["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
+    return arrays
 
 
 def our_why_not(implementation: str | None, w: Workload, backward: bool) -> str | None:
@@ -243,7 +241,7 @@ def _jax_nn_why_not(implementation: str, w: Workload, backward: bool) -> str | N
     return lacks(w, "grouped heads", "window", "bias", "key mask")
 
 
-def _installed(name: str) -> tuple[ModuleType | None, str]:
+def _import(name: str) -> tuple[ModuleType | None, str]:
     """A package, or why it cannot be used."""
     try:
         return importlib.import_module(name), ""
@@ -257,7 +255,7 @@ def _installed(name: str) -> tuple[ModuleType | None, str]:
 
 def _tokamax(implementation: str) -> Attend:
     def attend(w: Workload, arrays: dict[str, Any]) -> jax.Array:
-        module: Any = _installed("tokamax")[0]
+        module: Any = _import("tokamax")[0]
         mask = arrays["mask"][:, None, None] if w.mask_prob else None
         return module.dot_product_attention(
             arrays["q"],
@@ -279,7 +277,7 @@ def _tokamax_why_not(implementation: str, w: Workload, backward: bool) -> str | 
     if implementation != "xla_chunked" and jax.default_backend() != "gpu":
         return "it needs an NVIDIA GPU"
     able = ("grouped heads", "window", "bias", "key mask", "softcap")
-    return lacks(w, *able) or _installed("tokamax")[1] or None
+    return lacks(w, *able) or _import("tokamax")[1] or None
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -342,7 +340,7 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def named(name: str) -> Peer:
+def find(name: str) -> Peer:
     """The peer of a name.
 
     Raises:
@@ -362,8 +360,8 @@ TRACED: dict[str, tuple[Attend, bool]] = {
 }
 
 
-def compiled(peer: str, workload: Workload, backward: bool) -> measure.Build:
+def compile_peer(peer: str, workload: Workload, backward: bool) -> measure.Build:
     """Compile a peer for the shapes of a workload alone, so that any length will do."""
     attend, heads_last = TRACED[peer]
     arrays = shapes(workload, heads_last=heads_last)
-    return measure.compiled(differentiated(attend, workload, backward), arrays)
+    return measure.compile_cold(differentiate(attend, workload, backward), arrays)

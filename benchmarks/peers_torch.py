@@ -51,7 +51,7 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def _unusable() -> str | None:
+def _why_unusable() -> str | None:
     torch, reason = torch_or_reason()
     if torch is not None and device() == "cuda" and not torch.cuda.is_available():
         return "this torch sees no GPU"
@@ -71,7 +71,7 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
     names = workloads.gradients(workload)
     cuda = device() == "cuda"
 
-    def placed() -> dict[str, Any]:
+    def place() -> dict[str, Any]:
         arrays = {}
         for name, x in inputs.items():
             tensor = torch.tensor(x).to(device())
@@ -81,13 +81,13 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
                 arrays[name].requires_grad_(True)
         return arrays
 
-    first = placed()
+    first = place()
     attend = attend_for(torch, workload, first)
     nbytes = sum(x.numel() * x.element_size() for x in first.values())
-    count = measure.rotated(nbytes, "gpu" if cuda else "cpu")
-    sets = [first if index == 0 else placed() for index in range(count)]
+    count = measure.count_sets(nbytes, "gpu" if cuda else "cpu")
+    sets = [first if index == 0 else place() for index in range(count)]
 
-    def once(arrays: dict[str, Any]) -> Any:
+    def call(arrays: dict[str, Any]) -> Any:
         if not backward:
             with torch.no_grad():
                 return attend(arrays)
@@ -99,23 +99,24 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
             arrays[name].grad = None
         return out, *grads
 
-    def calls(number: int) -> None:
+    def repeat(number: int) -> None:
         for index in range(number):
-            once(sets[index % count])
+            call(sets[index % count])
         if cuda:
             torch.cuda.synchronize()
 
-    def on_host(x: Any) -> np.ndarray:
+    def to_host(x: Any) -> np.ndarray:
         return x.detach().float().cpu().numpy()
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if cuda else 0
-    found = once(first)
+    outputs = call(first)
     peak = torch.cuda.max_memory_allocated() - held if cuda else None
-    named = ["out", *(f"d{name}" for name in names)]
+    labels = ["out", *(f"d{name}" for name in names)]
     results = {
-        name: on_host(x) for name, x in zip(named, found if backward else [found], strict=False)
+        name: to_host(x)
+        for name, x in zip(labels, outputs if backward else [outputs], strict=False)
     }
 
     def device_seconds() -> float | None:
@@ -124,13 +125,13 @@ def prepare(attend_for: Attend, workload: Workload, backward: bool) -> Prepared:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for index in range(5):
-            once(sets[index % count])
+            call(sets[index % count])
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / 5
 
     return Prepared(
-        time=measure.timer(calls),
+        time=measure.make_timer(repeat),
         results=lambda: results,
         peak_bytes=peak,
         device_seconds=device_seconds,
@@ -146,12 +147,12 @@ def _sdpa(backend: str | None, torch: Any, w: Workload, arrays: dict[str, Any]) 
 
     def attend(x: dict[str, Any]) -> Any:
         mask = x["mask"][:, None, None] if w.mask_prob else x.get("bias")
-        chosen = (
+        backends = (
             contextlib.nullcontext()
             if kernels is None
             else kernels.sdpa_kernel(getattr(kernels.SDPBackend, backend or ""))
         )
-        with chosen:
+        with backends:
             return torch.nn.functional.scaled_dot_product_attention(
                 x["q"],
                 x["k"],
@@ -173,7 +174,7 @@ def _sdpa_why_not(backend: str | None, w: Workload, backward: bool) -> str | Non
         return "it has no segments but as a dense mask"
     if w.causal and w.mask_prob:
         return "it takes no mask beside causal"
-    reason = _lacks(w, "grouped heads", "bias", "key mask", "dropout") or _unusable()
+    reason = _lacks(w, "grouped heads", "bias", "key mask", "dropout") or _why_unusable()
     if reason is not None:
         return reason
     if device() == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
@@ -237,7 +238,7 @@ def _flex(torch: Any, w: Workload, arrays: dict[str, Any]) -> Any:
 def _flex_why_not(w: Workload, backward: bool) -> str | None:
     del backward
     able = ("grouped heads", "window", "softcap", "bias", "key mask", "segments")
-    reason = _lacks(w, *able) or _unusable()
+    reason = _lacks(w, *able) or _why_unusable()
     return reason or ("it is measured on a GPU only" if device() == "cpu" else None)
 
 
@@ -269,7 +270,7 @@ def _memory_efficient(torch: Any, w: Workload, arrays: dict[str, Any]) -> Any:
 
 def _memory_efficient_why_not(w: Workload, backward: bool) -> str | None:
     del backward
-    return _lacks(w, "bias", "key mask") or _unusable() or _memory_efficient_or_reason()[1]
+    return _lacks(w, "bias", "key mask") or _why_unusable() or _memory_efficient_or_reason()[1]
 
 
 # --- the table -------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import numpy as np
 from workloads import Workload
 
 
-def _untold() -> float | None:
+def _tell_nothing() -> float | None:
     return None
 
 
-def _nothing() -> None:
+def _close_nothing() -> None:
     return None
 
 
@@ -37,8 +37,8 @@ class Prepared:
     temp_bytes: int | None = None
     compile_seconds: float | None = None
     peak_bytes: int | None = None
-    device_seconds: Callable[[], float | None] = _untold
-    close: Callable[[], None] = _nothing
+    device_seconds: Callable[[], float | None] = _tell_nothing
+    close: Callable[[], None] = _close_nothing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, DIM = 8, 64
 
 
-def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dict[str, Any]:
-    """Forward and backward of one causal sequence over the first `count` devices."""
+def measure_way(count: int, length: int, way: str, repeats: int, dtype: str) -> dict[str, Any]:
+    """Measure forward and backward of one causal sequence over the first `count` devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -62,7 +62,7 @@ def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dic
         start = time.perf_counter()
         jax.block_until_ready(compiled(q, k, v, dout))
         times.append(time.perf_counter() - start)
-    said = explain_context_parallel(q, k, v, **options)
+    explained = explain_context_parallel(q, k, v, **options)
     memory: Any = compiled.memory_analysis()
     # At least: each device sees every key and value that a causal query of it reads, once, and
     # sends back its share of their gradients.
@@ -74,16 +74,16 @@ def measured(count: int, length: int, way: str, repeats: int, dtype: str) -> dic
         "way": way,
         "seconds": statistics.median(times),
         "spread": [min(times), max(times)],
-        "bytes_sent_by_each": said.bytes_forward + said.bytes_backward,
+        "bytes_sent_by_each": explained.bytes_forward + explained.bytes_backward,
         "bytes_ideal": ideal,
         "temporary_bytes_of_each": memory.temp_size_in_bytes,
         "argument_bytes_of_each": memory.argument_size_in_bytes,
-        "collectives": {"forward": said.forward, "backward": said.backward},
+        "collectives": {"forward": explained.forward, "backward": explained.backward},
     }
 
 
-def compiled_for_gpus(count: int, length: int) -> str:
-    """What XLA makes of a ring over Hopper GPUs that are only described."""
+def compile_for_gpus(count: int, length: int) -> str:
+    """Compile a ring for Hopper GPUs that are only described, and say what XLA made of it."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -121,8 +121,8 @@ def compiled_for_gpus(count: int, length: int) -> str:
     compiled = jax.jit(both).trace(x, x, x, x).lower().compile()
     seconds = time.perf_counter() - start
     names = "collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter"
-    found = collections.Counter(re.findall(rf"\b({names})(?:-start)?\(", str(compiled.as_text())))
-    sent = ", ".join(f"{number} {name}" for name, number in sorted(found.items()))
+    counts = collections.Counter(re.findall(rf"\b({names})(?:-start)?\(", str(compiled.as_text())))
+    sent = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
     memory: Any = compiled.memory_analysis()
     return (
         f"{count} H200s, {length} tokens, causal, bfloat16, forward and backward: {sent} in the "
@@ -187,7 +187,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.compile:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        print(compiled_for_gpus(args.most, args.strong))
+        print(compile_for_gpus(args.most, args.strong))
         return
     if args.devices == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
@@ -201,7 +201,7 @@ def main() -> None:
         for way in ("ring", "zigzag", "ulysses"):
             for count in counts:
                 length = args.strong if kind == "strong" else args.weak * count
-                row = measured(count, length, way, args.repeats, args.dtype)
+                row = measure_way(count, length, way, args.repeats, args.dtype)
                 rows.append({"kind": kind} | row)
                 print(
                     f"{kind:6} {way:8} {count:2} devices {length:7} tokens "

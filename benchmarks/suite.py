@@ -1,38 +1,38 @@
-"""A run: sections of cases that are timed in turn, each checked before it is timed.
+"""The measuring loop: sections of cases that are timed in turn, each checked before it is timed.
 
-What was found is a record, ready for JSON, written as the run goes. A section is the unit: its
-cases run interleaved, so only they are divided by one another; a run that is begun again skips the
-sections that its file holds already, and drops what an interrupted one left.
+A `Run` alone writes its `Record`, and saves it as it goes. A section is the unit: its cases run
+interleaved, so only they are divided by one another. A run that is started again skips the sections
+that its file holds, and drops the rows of an interrupted one. command.py parses the arguments.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
 import peers
+import record as records
 import tables
 import workloads
 from prepared import Prepared
+from record import Record, Row
 from workloads import Workload
 
 ROUNDS = 9
 QUICK_ROUNDS = 3
 AT_LEAST = 3  # rounds, however slow the machine
 SECONDS = 15.0  # no further round of a section is begun after this long
-RESULTS = Path(__file__).parent / "results"
-SAME = ("name", "quick", "git", "versions")  # in records that a run may go on from
+
+Step = tuple[str, Callable[[], None]]  # the name of a section, and what measures it
+Judge = Callable[[Record], list[Row]]  # what a record says of each claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,26 @@ class Section:
     rounds: int = ROUNDS
 
 
-def sections_of(
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A case that is compiled, warm and checked.
+
+    Attributes:
+        prepared: times and closes it.
+        facts: what its row says beside the times.
+        seconds: of each round so far.
+    """
+
+    prepared: Prepared
+    facts: Row
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+class LostError(RuntimeError):
+    """The device is lost to this process: begin again in another one."""
+
+
+def make_sections(
     name: str,
     workload: Workload,
     names: Iterable[str],
@@ -69,11 +88,11 @@ def sections_of(
     passes: Sequence[bool] = (False, True),
     seconds: float = SECONDS,
 ) -> list[Section]:
-    """One workload by some peers: a section forward, and one with the gradients."""
+    """One workload by some peers: a section forward, and another with the gradients."""
     passes = (False,) if workload.decode else passes
     return [
         Section(
-            f"{name}, {said(backward)}",
+            f"{name}, {name_pass(backward)}",
             tuple(Case(peer, workload, backward) for peer in names),
             seconds,
         )
@@ -81,64 +100,39 @@ def sections_of(
     ]
 
 
-def said(backward: bool) -> str:
+def name_pass(backward: bool) -> str:
     """The pass in words."""
     return "forward+backward" if backward else "forward"
 
 
+# The cases of a section share a workload, and float64 takes longer than most of them.
 @functools.lru_cache(maxsize=4)
-def answer(workload: Workload, backward: bool) -> dict[str, np.ndarray]:
-    """The right answer, computed on a GPU where there is one."""
+def compute_reference(workload: Workload, backward: bool) -> dict[str, np.ndarray]:
+    """The result in float64, computed on a GPU if JAX has one."""
     if jax.default_backend() != "gpu":
         return workloads.reference(workload, backward=backward)
     with jax.enable_x64(True):
         return workloads.reference(workload, backward=backward, xp=jnp)
 
 
-def error_of(workload: Workload, results: dict[str, np.ndarray], backward: bool) -> float:
+def compute_error(workload: Workload, results: dict[str, np.ndarray], backward: bool) -> float:
     """The largest relative error of the output and of each gradient."""
-    right = answer(workload, backward)
-    found = workloads.part_of(results, workload)
-    errors = [
-        measure.relative_error(x.reshape(right[name].shape), right[name])
-        for name, x in found.items()
-    ]
-    return max(errors)
-
-
-def header(name: str, command: str, *, quick: bool = False) -> dict[str, Any]:
-    """What every record begins with: what ran, when, where and with what."""
-    return {
-        "format": tables.FORMAT,
-        "name": name,
-        "command": command,
-        "quick": quick,
-        "interrupted": False,
-        "date": measure.now(),
-        "git": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-    }
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """Write a record in one piece: whoever reads meanwhile sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.writing.tmp")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-class LostError(RuntimeError):
-    """The device is lost to this process: begin again in another one."""
+    reference = compute_reference(workload, backward)
+    return max(
+        measure.relative_error(x.reshape(reference[name].shape), reference[name])
+        for name, x in workloads.part_of(results, workload).items()
+    )
 
 
 class Run:
-    """One run, and what it found so far.
+    """A run of some sections, and the record of it.
 
     Attributes:
-        record: what was found, ready for JSON.
-        path: the file that it is written to as the run goes, or None.
+        record: what was measured so far; only methods of the run write to it.
+        path: the file that `finish` leaves, or None to keep nothing.
+        quick: whether workloads are made tiny.
+        repeat: rounds of every section, or None for each section's own.
+        deadline: no section is begun after this, by the monotonic clock.
     """
 
     def __init__(
@@ -153,202 +147,95 @@ class Run:
         deadline: float = float("inf"),
     ) -> None:
         self.quick, self.repeat, self.path, self.deadline = quick, repeat, path, deadline
-        self.record: dict[str, Any] = {
-            **header(name, command, quick=quick),
-            "rates": None,
-            "sections": [],
-            "lost": [],
-            "claims": [],
-            "samples": [],
-            "builds": [],
-        }
-        if not fresh:
-            self._go_on()
+        self.record = Record.begin(name, command, quick=quick)
+        if path is not None and not fresh:
+            self._resume(path)
 
-    def _go_on(self) -> None:
-        """Take over what an earlier run of the same code on the same machine had finished."""
-        for path in () if self.path is None else (working(self.path), self.path):
+    def _resume(self, path: Path) -> None:
+        """Take over what an earlier run of the same code on the same machine completed."""
+        # The working file is the newer one: it is there only while a run is not complete.
+        for candidate in (records.working_path(path), path):
             try:
-                before = tables.load(path)
+                earlier = records.read(candidate)
             except (OSError, ValueError):
                 continue
-            of = ("gpu", "cpu")
-            same = all(before.get(name) == self.record[name] for name in SAME) and all(
-                before["machine"].get(name) == self.record["machine"].get(name) for name in of
-            )
-            if not same:
+            if not self.record.can_resume(earlier):
                 continue
-            done = before.get("sections", [])
-            for name in ("samples", "builds"):
-                kept = [row for row in before[name] if row["section"] in done]
-                self.record[name] = kept
-            self.record |= {"sections": done, "rates": before.get("rates")}
-            lost = before.get("lost", [])
-            attempted = before.get("attempting")
-            self.record["lost"] = lost + ([attempted] if attempted else [])
-            if done:
-                progress(f"Going on from {path}: {len(done)} sections are done.")
+            self.record.resume(earlier)
+            count = len(self.record.sections)
+            if count:
+                report(f"Going on from {candidate}: {count} sections are done.")
             return
 
-    def sized(self, workload: Workload) -> Workload:
+    def resize(self, workload: Workload) -> Workload:
         """The workload as this run measures it."""
         return workload.quick() if self.quick else workload
 
-    def rates(self) -> None:
+    def measure_rates(self) -> None:
         """Measure what the machine can do, unless the record has it."""
-        if self.record["rates"] is None:
-            self.record["rates"] = measure.rates(quick=self.quick)
-        found = self.record["rates"]
-        progress(
-            f"matrix product {tables.operations(found['matmul'])}, "
-            f"copy {found['copy'] / 1e9:.0f} GB/s"
+        if self.record.rates is None:
+            self.record.rates = measure.measure_rates(quick=self.quick)
+        rates = self.record.rates
+        report(
+            f"matrix product {tables.operations(rates['matmul'])}, "
+            f"copy {rates['copy'] / 1e9:.0f} GB/s"
         )
 
-    def each(
-        self, steps: Iterable[tuple[str, Callable[[], None]]], *, then: Callable[[], None]
-    ) -> None:
+    def take(self, steps: Iterable[Step], *, judge: Judge | None = None) -> None:
         """Take every step that is not done, until the time is over; Ctrl-C keeps what there is.
 
         Args:
             steps: the name of each and what it does.
-            then: called before each time that the record is written.
+            judge: makes the claims anew before each time that the record is written.
         """
         left: list[str] = []
         try:
-            for name, step in steps:
-                if name in self.record["sections"]:
+            for name, measure_step in steps:
+                if name in self.record.sections:
                     continue
                 if time.monotonic() > self.deadline:
                     left.append(name)
                     continue
-                step()
-                self.record["sections"].append(name)
-                then()
-                self.save()
+                measure_step()
+                self.record.sections.append(name)
+                self._judge_and_save(judge)
         except KeyboardInterrupt:
-            self.record["interrupted"] = True
-            progress("Interrupted. These rows were done:")
-        self.record["attempting"] = None
-        self.record["left"] = left
+            self.record.interrupted = True
+            report("Interrupted. These rows were done:")
+        self.record.attempting = None
+        self.record.left = left
         if left:
-            progress(f"Out of time: {len(left)} sections are left. Run the command again to go on.")
-        then()
+            report(f"Out of time: {len(left)} sections are left. Run the command again to go on.")
+        self._judge_and_save(judge)
+
+    def _judge_and_save(self, judge: Judge | None) -> None:
+        if judge is not None:
+            self.record.claims = judge(self.record)
         self.save()
 
     def save(self) -> None:
         """Write the record beside the file that was asked for."""
         if self.path is not None:
-            write(self.record, working(self.path))
+            records.write(self.record.to_json(), records.working_path(self.path))
 
     def finish(self) -> None:
-        """Let the record take the place of the one before it."""
+        """Replace the file that was asked for by this record."""
         if self.path is not None:
             self.save()
-            working(self.path).replace(self.path)
+            records.working_path(self.path).replace(self.path)
 
-    # one section
+    def add_build(self, row: Row) -> None:
+        """Keep what compiling a call took, or why it failed."""
+        self.record.builds.append(row)
 
-    def timed(self, section: Section) -> None:
-        """Check every case, time them in turn, and add what came out."""
-        ready: dict[Case, tuple[Prepared, dict[str, Any]]] = {}
-        reasons: dict[Case, str] = {}
-        times: dict[Case, list[float]] = {}
-        try:
-            for case in section.cases:
-                found = self._prepared(section, case)
-                if isinstance(found, str):
-                    reasons[case] = found
-                    self._tell(section, case, {"why_not": found})
-                else:
-                    ready[case] = found
-                    times[case] = []
-            self._attempt(section, None)
-            rounds = self.repeat or min(section.rounds, QUICK_ROUNDS if self.quick else ROUNDS)
-            for seconds in measure.interleaved(
-                {case: self._guarded(case, ready[case][0], reasons) for case in ready},
-                rounds,
-                at_least=rounds if self.repeat else min(AT_LEAST, rounds),
-                seconds=section.seconds,
-            ):
-                for case, taken in seconds.items():
-                    times[case].append(taken)
-            for case, (prepared, facts) in ready.items():
-                facts["device_s"] = None if case in reasons else prepared.device_seconds()
-        finally:  # an interrupted section shows its whole rounds
-            for case in section.cases:
-                row = {"section": section.name, **self.named(case.workload, case)}
-                if case in reasons:
-                    row["why_not"] = reasons[case]
-                elif times.get(case):
-                    row |= _timed_row(ready[case][1], times[case])
-                    self._tell(section, case, row)
-                else:
-                    continue
-                self.record["samples"].append(row)
-            for prepared, _ in ready.values():
-                prepared.close()
-            self.record["attempting"] = None
-
-    def _prepared(self, section: Section, case: Case) -> tuple[Prepared, dict[str, Any]] | str:
-        """A warm case and what is known of it; or why there is none."""
-        peer, workload = peers.named(case.peer), self.sized(case.workload)
-        for lost in self.record["lost"]:
-            if lost["section"] == section.name and lost["peer"] in (case.peer, None):
-                return "failed: it ended the process"
-        reason = peer.why_not(workload, case.backward)
-        if reason is not None:
-            return reason
-        self._attempt(section, case)
-        prepared = None
-        try:
-            prepared = peer.prepare(workload, case.backward)
-            facts: dict[str, Any] = {
-                "temp_bytes": prepared.temp_bytes,
-                "peak_bytes": prepared.peak_bytes,
-                "compile_s": prepared.compile_seconds,
-            }
-            if workload.dropout:
-                return prepared, facts | {"error": None, "unchecked": "dropout is random"}
-            error = error_of(workload, prepared.results(), case.backward)
-        except Exception as error:  # whatever a peer raises is a row that says so
-            if prepared is not None:
-                prepared.close()
-            if measure.is_fatal(error):
-                raise LostError(measure.failure(error)) from error
-            return measure.failure(error)
-        return prepared, facts | {"error": error if np.isfinite(error) else None}
-
-    @staticmethod
-    def _guarded(case: Case, prepared: Prepared, reasons: dict[Case, str]) -> Callable[[], float]:
-        """Its time; one that fails while others run gets a reason, and the others go on."""
-
-        def time_once() -> float:
-            if case in reasons:
-                return float("nan")
-            try:
-                return prepared.time()
-            except Exception as error:  # as when it was prepared
-                if measure.is_fatal(error):
-                    raise LostError(measure.failure(error)) from error
-                reasons[case] = measure.failure(error)
-                return float("nan")
-
-        return time_once
-
-    def _attempt(self, section: Section, case: Case | None) -> None:
-        """Note what is about to be tried, for the run after a process that did not survive it."""
-        peer = None if case is None else case.peer
-        self.record["attempting"] = {"section": section.name, "peer": peer}
-        self.save()
-
-    def named(self, workload: Workload, case: Case) -> dict[str, Any]:
-        """What a row says of its case."""
-        sized = self.sized(workload)
+    def describe(self, case: Case) -> Row:
+        """The columns of a row that say what its case is."""
+        sized = self.resize(case.workload)
         return {
             "peer": case.peer,
-            "workload": workload.name,
+            "workload": case.workload.name,
             "words": sized.words,
-            "pass": said(case.backward),
+            "pass": name_pass(case.backward),
             "batch": sized.batch,
             "heads": sized.heads,
             "kv_heads": sized.key_heads,
@@ -360,137 +247,127 @@ class Run:
             "bytes": sized.bytes(backward=case.backward),
         }
 
-    def _tell(self, section: Section, case: Case, row: dict[str, Any]) -> None:
-        progress(f"{section.name}: {case.peer}, {case.workload.name}: {tables.in_short(row)}")
+    # --- one section -------------------------------------------------------------------------
 
-
-def _timed_row(facts: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
-    summary = measure.summarize(seconds)
-    row = {"seconds": list(seconds), "median_s": summary.median}
-    return row | {"low_s": summary.low, "high_s": summary.high, **facts}
-
-
-def working(path: Path) -> Path:
-    """The file that a run writes, until it takes the name that was asked for."""
-    return path.with_name(f"{path.name}.tmp")
-
-
-def progress(line: str) -> None:
-    """Tell whoever waits."""
-    print(line, file=sys.stderr, flush=True)
-
-
-# --- what the commands share -----------------------------------------------------------------
-
-
-def begun(program: str, chosen: argparse.Namespace) -> Run:
-    """A run with the options of its command, that has measured what the machine can do."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    run = Run(
-        program.removesuffix(".py"),
-        command=command(program, chosen),
-        quick=chosen.quick,
-        repeat=chosen.repeat,
-        path=chosen.out,
-        fresh=chosen.fresh,
-        deadline=until(chosen.minutes),
-    )
-    run.rates()
-    return run
-
-
-def parser(description: str, *, minutes: float, epilog: str = "") -> argparse.ArgumentParser:
-    """The options of every command that measures."""
-    found = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
-    add = found.add_argument
-    add("--quick", action="store_true", help="tiny sizes: only shows that it runs")
-    add("--only", nargs="+", metavar="NAME", help="sections, instead of all")
-    add("--peers", nargs="+", metavar="NAME", help="peers, instead of all")
-    add("--repeat", type=int, help=f"rounds; {ROUNDS} without it, and fewer on a slow machine")
-    add("--minutes", type=float, default=minutes, help="begin no section after these")
-    add("--out", type=Path, help="JSON to write as the run goes, and to go on from")
-    add("--fresh", action="store_true", help="measure again what --out holds already")
-    return found
-
-
-def chosen_or_reason(
-    program: str, chosen: argparse.Namespace, sections: Sequence[str]
-) -> str | None:
-    """What is wrong with the options, in one line, or None."""
-    unknown = [name for name in names(chosen.only) if not covered(name, sections)]
-    if unknown:
-        return f"{program}: --only must name {', '.join(sections)}; got {', '.join(unknown)}."
-    unknown = [name for name in names(chosen.peers) if name not in peers.PEERS]
-    if unknown:
-        known = ", ".join(peers.PEERS)
-        return f"{program}: --peers must name {known}; got {', '.join(unknown)}."
-    for name in ("repeat", "minutes"):
-        value = getattr(chosen, name)
-        if value is not None and value <= 0:
-            least = "at least 1" if name == "repeat" else "over 0"
-            return f"{program}: --{name} must be {least}, got {value:g}."
-    if chosen.out is not None:
+    def time_section(self, section: Section) -> None:
+        """Check every case, time them in turn, and add a row for each."""
+        ready: dict[Case, Ready] = {}
+        reasons: dict[Case, str] = {}  # of the cases that are not timed
         try:
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            working(chosen.out).open("a").close()
-        except OSError as error:
-            return f"{program}: --out must be a file that can be written, got {chosen.out}: {error}"
-    return None
+            for case in section.cases:
+                outcome = self._prepare(section, case)
+                if isinstance(outcome, Ready):
+                    ready[case] = outcome
+                else:
+                    reasons[case] = outcome
+                    _report_row(section, case, {"why_not": outcome})
+            self._note_attempt(section, None)
+            self._time_rounds(section, ready, reasons)
+            for case, entry in ready.items():
+                device_s = None if case in reasons else entry.prepared.device_seconds()
+                entry.facts["device_s"] = device_s
+        finally:  # an interrupted section shows its whole rounds
+            self._add_samples(section, ready, reasons)
+            for entry in ready.values():
+                entry.prepared.close()
+            self.record.attempting = None
+
+    def _time_rounds(
+        self, section: Section, ready: dict[Case, Ready], reasons: dict[Case, str]
+    ) -> None:
+        """Add the seconds of each round; a case that fails gets a reason instead."""
+        rounds = self.repeat or min(section.rounds, QUICK_ROUNDS if self.quick else ROUNDS)
+        timers = {case: _guard(case, entry.prepared, reasons) for case, entry in ready.items()}
+        for seconds in measure.interleave(
+            timers,
+            rounds,
+            at_least=rounds if self.repeat else min(AT_LEAST, rounds),
+            seconds=section.seconds,
+        ):
+            for case, taken in seconds.items():
+                ready[case].seconds.append(taken)
+
+    def _add_samples(
+        self, section: Section, ready: dict[Case, Ready], reasons: dict[Case, str]
+    ) -> None:
+        """Add a row for each case that was timed or has a reason not to be."""
+        for case in section.cases:
+            row: Row = {"section": section.name, **self.describe(case)}
+            if case in reasons:
+                row["why_not"] = reasons[case]
+            elif case in ready and ready[case].seconds:
+                row |= _summarize(ready[case])
+                _report_row(section, case, row)
+            else:  # interrupted before its first round was complete
+                continue
+            self.record.samples.append(row)
+
+    def _prepare(self, section: Section, case: Case) -> Ready | str:
+        """A warm and checked case, or why there is none."""
+        peer, workload = peers.find(case.peer), self.resize(case.workload)
+        for lost in self.record.lost:
+            # Without a peer the process died while all were timed, and any may be the cause.
+            if lost["section"] == section.name and lost["peer"] in (case.peer, None):
+                return "failed: it ended the process"
+        reason = peer.why_not(workload, case.backward)
+        if reason is not None:
+            return reason
+        self._note_attempt(section, case)
+        prepared = None
+        try:
+            prepared = peer.prepare(workload, case.backward)
+            facts: Row = {
+                "temp_bytes": prepared.temp_bytes,
+                "peak_bytes": prepared.peak_bytes,
+                "compile_s": prepared.compile_seconds,
+            }
+            if workload.dropout:
+                return Ready(prepared, facts | {"error": None, "unchecked": "dropout is random"})
+            error = compute_error(workload, prepared.results(), case.backward)
+        except Exception as error:  # whatever a peer raises is a row that says so
+            if prepared is not None:
+                prepared.close()
+            if measure.is_fatal(error):
+                raise LostError(measure.describe_failure(error)) from error
+            return measure.describe_failure(error)
+        # JSON has no infinity; tables take None for wrong.
+        return Ready(prepared, facts | {"error": error if np.isfinite(error) else None})
+
+    def _note_attempt(self, section: Section, case: Case | None) -> None:
+        """Save what is about to be tried, so that a process that dies of it is not the next too."""
+        peer = None if case is None else case.peer
+        self.record.attempting = {"section": section.name, "peer": peer}
+        self.save()
 
 
-def names(words: Sequence[str] | None) -> list[str]:
-    """The names of an option, with commas or spaces between, unless a name has a comma itself."""
-    found: list[str] = []
-    for word in words or ():
-        found += [word] if word in peers.PEERS else [n for n in word.split(",") if n]
-    return found
+def _guard(case: Case, prepared: Prepared, reasons: dict[Case, str]) -> Callable[[], float]:
+    """Time a case; if it fails, give it a reason and let the other cases go on."""
+
+    def time_once() -> float:
+        if case in reasons:
+            return float("nan")
+        try:
+            return prepared.time()
+        except Exception as error:  # as when it was prepared
+            if measure.is_fatal(error):
+                raise LostError(measure.describe_failure(error)) from error
+            reasons[case] = measure.describe_failure(error)
+            return float("nan")
+
+    return time_once
 
 
-def covered(name: str, sections: Sequence[str]) -> list[str]:
-    """The section of that name, or else those whose names begin so."""
-    if name in sections:
-        return [name]
-    return [s for s in sections if s.startswith((f"{name}, ", f"{name}-"))]
+def _summarize(entry: Ready) -> Row:
+    """The columns of a row that say what was measured."""
+    summary = measure.summarize(entry.seconds)
+    times = {"seconds": entry.seconds, "median_s": summary.median}
+    return times | {"low_s": summary.low, "high_s": summary.high, **entry.facts}
 
 
-def selected(chosen: argparse.Namespace, sections: Sequence[str]) -> list[str]:
-    """The sections that were asked for, in their own order."""
-    wanted = {section for name in names(chosen.only) for section in covered(name, sections)}
-    return [s for s in sections if s in wanted] if chosen.only else list(sections)
+def _report_row(section: Section, case: Case, row: Row) -> None:
+    report(f"{section.name}: {case.peer}, {case.workload.name}: {tables.in_short(row)}")
 
 
-def without(section: Section, chosen: argparse.Namespace) -> Section:
-    """The section with the peers that were asked for."""
-    wanted = names(chosen.peers)
-    if not wanted:
-        return section
-    cases = tuple(case for case in section.cases if case.peer in wanted)
-    return dataclasses.replace(section, cases=cases)
-
-
-def command(program: str, chosen: argparse.Namespace) -> str:
-    """The command that repeats this run anywhere."""
-    words = [f"python benchmarks/{program}"]
-    words += ["--quick"] if chosen.quick else []
-    for name in ("only", "peers"):
-        if getattr(chosen, name):
-            words += [f"--{name}", *(_quoted(n) for n in getattr(chosen, name))]
-    words += [f"--repeat {chosen.repeat}"] if chosen.repeat else []
-    if chosen.out is not None and not chosen.out.is_absolute():
-        words.append(f"--out {chosen.out.as_posix()}")
-    return " ".join(words)
-
-
-def _quoted(name: str) -> str:
-    return f"'{name}'" if " " in name else name
-
-
-def until(minutes: float) -> float:
-    """The time, by the monotonic clock, after so many minutes."""
-    return time.monotonic() + 60 * minutes
-
-
-def refuse(message: str) -> int:
-    """Say in one line what is wrong with the command, for exit code 2."""
-    print(message, file=sys.stderr)
-    return 2
+def report(line: str) -> None:
+    """Print a line of progress, apart from the tables on standard output."""
+    print(line, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import measure
 import numpy as np
-import suite
+import record as records
 import tables
 
 if TYPE_CHECKING:  # what they need is only there to train, and not to draw what was measured
@@ -49,7 +49,7 @@ KINDS = ("temp_bytes", "peak_bytes")
 RESULTS = Path(__file__).parent / "results" / "training.json"
 
 
-def configured(text: Text, *, steps: int, **changes: Any) -> Config:
+def configure(text: Text, *, steps: int, **changes: Any) -> Config:
     """A configuration of the small model."""
     from flash_attention_jax.train import Config
 
@@ -57,7 +57,7 @@ def configured(text: Text, *, steps: int, **changes: Any) -> Config:
     return Config(**{**values, **changes})
 
 
-def losses(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]:
+def train(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]:
     """Bits per byte of each step of a run, and on held-out text after it."""
     from flash_attention_jax._training import curves as drawing
     from flash_attention_jax.train import evaluate, fit
@@ -69,43 +69,45 @@ def losses(config: Config, text: Text, folder: Path) -> tuple[np.ndarray, float]
         return drawing.read(Path(out))["bits_per_byte"], bits
 
 
-def same_curve(text: Text, folder: Path, steps: int) -> dict[str, Any]:
+def compare_curves(text: Text, folder: Path, steps: int) -> dict[str, Any]:
     """The losses of dense attention and of ours, step by step."""
-    found = {
-        name: losses(configured(text, steps=steps, attention=name), text, folder)[0]
+    curves = {
+        name: train(configure(text, steps=steps, attention=name), text, folder)[0]
         for name in ("dense", "blocked")
     }
-    apart = np.abs(found["blocked"] / found["dense"] - 1)
+    apart = np.abs(curves["blocked"] / curves["dense"] - 1)
     return {
         "steps": steps,
         "largest_relative_difference": float(apart.max()),
-        "bits_per_byte": {name: curve.tolist() for name, curve in found.items()},
+        "bits_per_byte": {name: curve.tolist() for name, curve in curves.items()},
     }
 
 
-def similarities(text: Text, folder: Path, steps: int, seeds: tuple[int, ...]) -> dict[str, Any]:
+def compare_similarities(
+    text: Text, folder: Path, steps: int, seeds: tuple[int, ...]
+) -> dict[str, Any]:
     """Held-out bits per byte of both similarities after equally many steps, for some seeds."""
     curves: dict[str, list[float]] = {}
     held_out: dict[str, list[float]] = {"dot": [], "cosine": []}
     for seed in seeds:
         for name, bits in held_out.items():
-            config = configured(text, steps=steps, similarity=name, seed=seed)
-            curve, last = losses(config, text, folder)
+            config = configure(text, steps=steps, similarity=name, seed=seed)
+            curve, last = train(config, text, folder)
             bits.append(last)
             curves.setdefault(name, curve.tolist())
     return {"steps": steps, "seeds": list(seeds), "held_out": held_out, "bits_per_byte": curves}
 
 
-def memory(lengths: tuple[int, ...], data: str | None) -> list[dict[str, Any]]:
+def measure_memory(lengths: tuple[int, ...], data: str | None) -> list[dict[str, Any]]:
     """What training takes at each length, each in a process of its own."""
-    found = []
+    rows = []
     for length in lengths:
         for name in ("dense", "blocked"):
             command = [sys.executable, __file__, "--one", name, str(length)]
             command += [] if data is None else ["--data", data]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
 
 
 def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def one(attention: str, length: int, data: str | None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         text = load_text(data, cache=Path(folder), seq_len=length)
-        config = configured(text, steps=MEMORY_STEPS, attention=attention, seq_len=length, batch=1)
+        config = configure(text, steps=MEMORY_STEPS, attention=attention, seq_len=length, batch=1)
         state = fit(config, text, Path(folder))
         peak = measure.peak_bytes()
         tokens = text.batch(seed=0, step=0, batch=1, seq_len=length)[None]
@@ -177,26 +179,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="a text, as flash-attention-jax train takes it")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--one", nargs=2, metavar=("ATTENTION", "LENGTH"), help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
-    if chosen.one is not None:
-        print(json.dumps(one(chosen.one[0], int(chosen.one[1]), chosen.data)))
+    if options.one is not None:
+        print(json.dumps(one(options.one[0], int(options.one[1]), options.data)))
         return 0
     from flash_attention_jax.data import load_text
 
-    quick = chosen.quick
+    quick = options.quick
     command = "python benchmarks/training.py --out benchmarks/results/training.json"
-    record = suite.header("training", command, quick=quick)
+    record = records.describe_run("training", command, quick=quick)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = load_text(chosen.data, cache=folder, seq_len=SMALL["seq_len"])
-        record["same_curve"] = same_curve(text, folder, 3 if quick else STEPS)
+        text = load_text(options.data, cache=folder, seq_len=SMALL["seq_len"])
+        record["same_curve"] = compare_curves(text, folder, 3 if quick else STEPS)
         steps, seeds = (3, (0,)) if quick else (SIMILARITY_STEPS, SEEDS)
-        record["similarities"] = similarities(text, folder, steps, seeds)
-    record["memory"] = memory((256,) if quick else MEMORY_LENGTHS, chosen.data)
+        record["similarities"] = compare_similarities(text, folder, steps, seeds)
+    record["memory"] = measure_memory((256,) if quick else MEMORY_LENGTHS, options.data)
     print(page(record))
-    if chosen.out is not None:
-        suite.write(record, chosen.out)
+    if options.out is not None:
+        records.write(record, options.out)
     return 0
 
 

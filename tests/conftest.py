@@ -5,6 +5,7 @@ Float64 is on throughout, so a test names the dtype of each array it makes.
 
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -63,3 +64,13 @@ def nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs an NVIDIA GPU that JAX can use; JAX's devices here are {jax.devices()}")
+
+
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+    """Compile without LLVM's optimizations, for tests whose time is that of compiling."""
+    previous = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", previous)
+    jax.clear_caches()  # no other test may get what was compiled here

@@ -95,11 +95,11 @@ def test_command_prints_what_moved_and_fails_on_what_got_worse(record, tmp_path,
     a.write_text(json.dumps(record))
     b.write_text(json.dumps(slower))
     assert __main__.main(["bench", "--compare", str(a), str(b)]) == 1
-    said = capsys.readouterr().out
-    assert "Take times with care: cpu was a processor and is another." in said
-    assert "The machine's matrix product ran at 0.50x the rate." in said
-    assert "slower   blocked, full-4k, 4096, forward: 1e+03 ms -> 2e+03 ms  2.00x" in said
-    assert "2 rows compared: 1 worse, 0 better" in said
+    printed = capsys.readouterr().out
+    assert "Take times with care: cpu was a processor and is another." in printed
+    assert "The machine's matrix product ran at 0.50x the rate." in printed
+    assert "slower   blocked, full-4k, 4096, forward: 1e+03 ms -> 2e+03 ms  2.00x" in printed
+    assert "2 rows compared: 1 worse, 0 better" in printed
     assert __main__.main(["bench", "--compare", str(b), str(a)]) == 0
     assert "2 rows compared: 0 worse, 1 better" in capsys.readouterr().out
 
@@ -115,9 +115,9 @@ def test_command_prints_what_moved_and_fails_on_what_got_worse(record, tmp_path,
 )
 def test_wrong_command_is_one_line_and_code_2(argv, message, capsys):
     assert __main__.main(["bench", *argv]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("flash_attention_jax bench: error: ")
-    assert said.endswith(f"{message}\n")
+    printed = capsys.readouterr().err
+    assert printed.startswith("flash_attention_jax bench: error: ")
+    assert printed.endswith(f"{message}\n")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,8 @@ def test_suite_runs_from_a_clone(capsys):
 
 
 def test_suite_without_a_clone_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "flash_attention_jax" / "_bench.py"))
+    installed = tmp_path / "flash_attention_jax" / "_commands" / "bench.py"
+    monkeypatch.setattr(bench, "__file__", str(installed))
     assert __main__.main(["bench", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "flash_attention_jax bench: error: cpu is a program of the repository, which is not "

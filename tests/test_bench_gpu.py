@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import command
 import gpu
+import measure
 import peers
 import suite
 import tables
@@ -21,19 +23,19 @@ needs_no_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="there 
 
 
 def test_every_row_of_the_known_anchors_is_measured_first():
-    names = [section.name for section in gpu.sections()]
+    names = [section.name for section in gpu.plan_sections()]
     assert len(set(names)) == len(names)
     kinds = ("check", "sweep", "named")
     order = [next((k for k in kinds if name.startswith(k)), "named") for name in names]
     assert order[:6] == ["check"] * 6  # correctness first
     first = names[6:18]
     assert first == [
-        f"sweep-d{dim}-{kind}-16k, {said}"
+        f"sweep-d{dim}-{kind}-16k, {words}"
         for dim in (128, 64, 256)
         for kind in ("full", "causal")
-        for said in ("forward", "forward+backward")
+        for words in ("forward", "forward+backward")
     ]
-    every = {section.name: section for section in gpu.sections()}
+    every = {section.name: section for section in gpu.plan_sections()}
     cases = every["sweep-d128-full-16k, forward"].cases
     assert {case.peer for case in cases} >= {"hopper", "triton", "blocked", "tokamax"}
     assert {"jax.nn", "jax.nn cuDNN", "torch FlexAttention"} <= {case.peer for case in cases}
@@ -46,7 +48,7 @@ def test_every_row_of_the_known_anchors_is_measured_first():
 
 
 def test_every_peer_and_workload_is_known():
-    for section in gpu.sections():
+    for section in gpu.plan_sections():
         for case in section.cases:
             assert case.peer in peers.PEERS
             assert dataclasses.replace(case.workload, dtype="float32").name in WORKLOADS
@@ -59,7 +61,21 @@ def test_it_says_that_it_needs_a_gpu(monkeypatch, capsys):
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
 
 
+def test_process_that_lost_the_device_ends_with_a_code_of_its_own(monkeypatch, capsys):
+    def lose():
+        raise suite.LostError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(gpu.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(command, "begin", lambda *_: suite.Run("gpu", command="a test"))
+    monkeypatch.setattr(command, "make_steps", lambda *_: [("a section", lose)])
+    monkeypatch.setattr(measure, "describe_machine", lambda: {"cpu": "a processor", "cores": 2})
+    monkeypatch.setenv(gpu.INNER, "1")
+    assert gpu.main([]) == gpu.LOST
+    assert "The device is lost to this process: CUDA_ERROR" in capsys.readouterr().err
+
+
 @needs_no_gpu
+@pytest.mark.usefixtures("quick_compiler")
 def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
     """All of it but the device: blocked under the kernels' names, on small calls."""
     stand_in = dataclasses.replace(peers.PEERS["blocked"], name="hopper")
@@ -71,18 +87,17 @@ def test_loop_checks_times_and_goes_on(monkeypatch, tmp_path):
                 case, workload=dataclasses.replace(case.workload.quick(), length=32)
             )
             for case in section.cases
-            if case.peer in ("hopper", "triton", "jax.nn", "torch SDPA flash", "tokamax")
+            if case.peer
+            in ("hopper", "triton", "tokamax")  # without torch, whose import takes longer
         )
         return Section(section.name, cases, seconds=0.0, rounds=1)
 
-    wanted = [s for s in gpu.sections() if s.name.startswith("sweep-d64-causal-16k")]
+    wanted = [s for s in gpu.plan_sections() if s.name.startswith("sweep-d64-causal-16k")]
     path = tmp_path / "gpu.json"
     for deadline, left in ((0.0, 2), (float("inf"), 0), (float("inf"), 0)):
         run = suite.Run("gpu", command="a test", path=path, deadline=deadline)
-        run.each(
-            [(s.name, functools.partial(run.timed, small(s))) for s in wanted], then=lambda: None
-        )
-        assert len(run.record["left"]) == left
+        run.take([(s.name, functools.partial(run.time_section, small(s))) for s in wanted])
+        assert len(run.record.left) == left
         run.finish()
     record = tables.load(path)
     rows = [row for row in record["samples"] if row["peer"] == "hopper"]
@@ -131,28 +146,28 @@ def test_process_that_dies_or_hangs_is_replaced(monkeypatch, tmp_path, capfd):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(inner=gpu.INNER))
     monkeypatch.setattr(gpu, "STALLED", 1.0)
-    real = gpu._one_process
+    real = gpu._watch
 
-    def one_process(command, path):
-        assert command[:2] == [sys.executable, gpu.__file__]
+    def watch(words, path):
+        assert words[:2] == [sys.executable, gpu.__file__]
         return real([sys.executable, str(script), str(tmp_path)], path)
 
-    monkeypatch.setattr(gpu, "_one_process", one_process)
-    assert gpu._watched([], tmp_path / "gpu.json", 1.0, fresh=False) == 0
+    monkeypatch.setattr(gpu, "_watch", watch)
+    assert gpu._supervise([], tmp_path / "gpu.json", 1.0, fresh=False) == 0
     assert (tmp_path / "tries").read_text() == "xxx"
-    said = capfd.readouterr().err
-    assert "The process ended with code 134; going on in a new one." in said
-    assert "No word for 1 s: ending the process." in said
+    printed = capfd.readouterr().err
+    assert "The process ended with code 134; going on in a new one." in printed
+    assert "No word for 1 s: ending the process." in printed
 
 
 def test_fresh_is_only_for_the_first_process(monkeypatch, tmp_path):
     commands = []
 
-    def one_process(command, path):
-        commands.append(command[2:])
+    def watch(words, path):
+        commands.append(words[2:])
         return 134 if len(commands) == 1 else 0
 
-    monkeypatch.setattr(gpu, "_one_process", one_process)
-    assert gpu._watched(["--fresh"], tmp_path / "gpu.json", 1.0, fresh=True) == 0
+    monkeypatch.setattr(gpu, "_watch", watch)
+    assert gpu._supervise(["--fresh"], tmp_path / "gpu.json", 1.0, fresh=True) == 0
     assert ["--fresh" in command for command in commands] == [True, False]
     assert all(str(tmp_path / "gpu.json") in command for command in commands)

@@ -15,6 +15,8 @@ import suite
 import workloads
 from workloads import WORKLOADS
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CALLS = {
     "full": ("full-4k", False),
     "causal with gradients": ("causal-4k", True),
@@ -45,7 +47,7 @@ def test_peer_is_right_or_has_its_reason(peer, call):
     prepared = peers.PEERS[peer].prepare(workload, backward)
     names = {"out", *(f"d{n}" for n in workloads.gradients(workload))} if backward else {"out"}
     assert set(prepared.results()) == names
-    assert suite.error_of(workload, prepared.results(), backward) < 1e-5
+    assert suite.compute_error(workload, prepared.results(), backward) < 1e-5
     assert prepared.time() > 0
 
 
@@ -54,7 +56,7 @@ def test_older_package_runs_apart_beside_ours():
     workload = dataclasses.replace(WORKLOADS["causal-4k"].quick(), length=64)
     prepared = apart.prepare(workload, True)
     try:
-        assert suite.error_of(workload, prepared.results(), True) < 1e-5
+        assert suite.compute_error(workload, prepared.results(), True) < 1e-5
         assert prepared.time() > 0
         assert prepared.temp_bytes
     finally:
@@ -108,7 +110,7 @@ def test_kernel_has_the_librarys_own_reason():
 
 def test_unknown_peer_names_the_known_ones():
     with pytest.raises(ValueError, match="must be the name of a peer, got 'nobody'") as error:
-        peers.named("nobody")
+        peers.find("nobody")
     assert str(error.value).endswith(f"Known: {', '.join(peers.PEERS)}.")
 
 

@@ -14,6 +14,7 @@ import cpu
 import measure
 import peers
 import prepared
+import record as records
 import suite
 import tables
 import workloads
@@ -73,8 +74,8 @@ class World:
                 return step
 
             right = workloads.reference(workload, backward=False)["out"]
-            found = right + self.wrong.get(name, 0.0) * np.abs(right).max()
-            results = {"out": np.broadcast_to(found, (1, workload.heads, *found.shape[-2:]))}
+            out = right + self.wrong.get(name, 0.0) * np.abs(right).max()
+            results = {"out": np.broadcast_to(out, (1, workload.heads, *out.shape[-2:]))}
             return prepared.Prepared(
                 time_once, lambda: results, close=lambda: self.closed.append(name)
             )
@@ -84,23 +85,23 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    found = World()
-    monkeypatch.setattr(peers, "PEERS", found.peers())
-    interleaved = functools.partial(measure.interleaved, clock=found.clock)
-    monkeypatch.setattr(measure, "interleaved", interleaved)
-    return found
+    world = World()
+    monkeypatch.setattr(peers, "PEERS", world.peers())
+    interleaved = functools.partial(measure.interleave, clock=world.clock)
+    monkeypatch.setattr(measure, "interleave", interleaved)
+    return world
 
 
 def section(name, *names, **more):
     return Section(name, tuple(Case(peer, SMALL) for peer in names), **more)
 
 
-def run(path=None, **more):
+def make_run(path=None, **more):
     return suite.Run("cpu", command="a test", repeat=5, path=path, **more)
 
 
-def step(found, *sections):
-    return [(s.name, functools.partial(found.timed, s)) for s in sections]
+def make_steps(run, *sections):
+    return [(s.name, functools.partial(run.time_section, s)) for s in sections]
 
 
 def test_interrupted_section_keeps_its_whole_rounds_and_every_row(world, monkeypatch, tmp_path):
@@ -112,15 +113,13 @@ def test_interrupted_section_keeps_its_whole_rounds_and_every_row(world, monkeyp
         cpu.Claim("absent / ours", case["absent"], case["ours"], 0.7),
         cpu.Claim("oom / ours", case["oom"], case["ours"], 0.7),
     ]
-    monkeypatch.setattr(cpu, "TIMED", {"a section": claims})
-    found = run(tmp_path / "cpu.json")
-    judge = functools.partial(lambda r: r.record.update(claims=cpu.claims(r.record)), found)
+    monkeypatch.setattr(cpu, "CLAIMS", {"a section": claims})
+    run = make_run(tmp_path / "cpu.json")
     every = section("a section", "ours", "theirs", "absent", "oom", "broken")
-    found.each(
-        step(found, every), then=judge
-    )  # `theirs` is interrupted in the third of five rounds
-    assert found.record["interrupted"]
-    samples = {sample["peer"]: sample for sample in found.record["samples"]}
+    # `theirs` is interrupted in the third of five rounds.
+    run.take(make_steps(run, every), judge=cpu.judge)
+    assert run.record.interrupted
+    samples = {sample["peer"]: sample for sample in run.record.samples}
     assert list(samples) == ["ours", "theirs", "absent", "oom", "broken"]
     assert samples["ours"]["seconds"] == [1.0, 1.0]
     assert samples["theirs"]["seconds"] == [2.0, 3.0]
@@ -131,7 +130,7 @@ def test_interrupted_section_keeps_its_whole_rounds_and_every_row(world, monkeyp
     assert samples["oom"]["why_not"] == "oom"
     assert samples["broken"]["why_not"] == "failed: ZeroDivisionError: division by zero"
     assert sorted(world.closed) == ["ours", "theirs"]
-    rows = found.record["claims"]
+    rows = run.record.claims
     assert [row.get("value") for row in rows] == [2.5, 2.5, pytest.approx(5 / 12), None, None]
     assert [tables.verdict(row) for row in rows] == [
         "**missed**",
@@ -140,18 +139,18 @@ def test_interrupted_section_keeps_its_whole_rounds_and_every_row(world, monkeyp
         "it is not installed",
         "oom",
     ]
-    page = tables.page(found.record)
+    page = tables.page(run.record.to_json())
     assert "| 2.50x | 2.25x – 2.75x | ≥ 2.6x | **missed** " in page
     assert "5.0e-01, wrong" in page
     assert "– it is not installed" in page
     assert "interrupted before its end" in page
-    assert json.loads(suite.working(tmp_path / "cpu.json").read_text())["samples"]
+    assert json.loads(records.working_path(tmp_path / "cpu.json").read_text())["samples"]
 
 
 def test_case_that_fails_while_it_is_timed_does_not_stop_the_others(world):
-    found = run()
-    found.timed(section("a", "ours", "oom later", "steady"))
-    rows = {row["peer"]: row for row in found.record["samples"]}
+    run = make_run()
+    run.time_section(section("a", "ours", "oom later", "steady"))
+    rows = {row["peer"]: row for row in run.record.samples}
     assert rows["oom later"]["why_not"] == "oom"
     assert rows["ours"]["seconds"] == [1.0] * 5
     assert rows["steady"]["seconds"] == [4.0] * 5
@@ -160,70 +159,84 @@ def test_case_that_fails_while_it_is_timed_does_not_stop_the_others(world):
 def test_second_run_skips_what_is_done_and_measures_the_rest(world, tmp_path, capsys):
     path = tmp_path / "cpu.json"
     first, second, third = (section(name, "ours", "steady") for name in "abc")
-    found = run(path)
-    found.each(step(found, first, section("b", "ours", "theirs")), then=lambda: None)
-    assert found.record["sections"] == ["a"]  # b was interrupted
-    again = run(path)
-    assert {row["section"] for row in again.record["samples"]} == {"a"}
+    run = make_run(path)
+    run.take(make_steps(run, first, section("b", "ours", "theirs")))
+    assert run.record.sections == ["a"]  # b was interrupted
+    again = make_run(path)
+    assert {row["section"] for row in again.record.samples} == {"a"}
     world.prepared.clear()
-    again.each(step(again, first, second, third), then=lambda: None)
+    again.take(make_steps(again, first, second, third))
     assert world.prepared == ["ours", "steady"] * 2
-    assert again.record["sections"] == ["a", "b", "c"]
-    assert not again.record["interrupted"]
+    assert again.record.sections == ["a", "b", "c"]
+    assert not again.record.interrupted
     again.finish()
     assert [file.name for file in tmp_path.iterdir()] == ["cpu.json"]
     assert len(tables.load(path)["samples"]) == 6
     assert "Going on from" in capsys.readouterr().err
-    assert run(path, fresh=True).record["sections"] == []
+    assert make_run(path, fresh=True).record.sections == []
 
 
 @pytest.mark.parametrize("name", ["git", "versions", "quick", "name"])
 def test_results_of_other_code_or_packages_are_not_gone_on_from(name, world, tmp_path):
     path = tmp_path / "cpu.json"
-    found = run(path)
-    found.each(step(found, section("a", "ours")), then=lambda: None)
-    found.record[name] = "another"
-    found.finish()
-    assert run(path).record["sections"] == []
+    run = make_run(path)
+    run.take(make_steps(run, section("a", "ours")))
+    setattr(run.record, name, "another")
+    run.finish()
+    assert make_run(path).record.sections == []
 
 
 def test_results_of_another_processor_are_not_gone_on_from(world, tmp_path):
     path = tmp_path / "cpu.json"
-    found = run(path)
-    found.each(step(found, section("a", "ours")), then=lambda: None)
-    found.record["machine"] = {**found.record["machine"], "cpu": "another"}
-    found.finish()
-    assert run(path).record["sections"] == []
+    run = make_run(path)
+    run.take(make_steps(run, section("a", "ours")))
+    run.record.machine = {**run.record.machine, "cpu": "another"}
+    run.finish()
+    assert make_run(path).record.sections == []
 
 
 def test_sections_that_time_does_not_reach_are_named(world, tmp_path):
-    found = run(tmp_path / "cpu.json", deadline=0.0)
-    found.each(step(found, section("a", "ours")), then=lambda: None)
-    assert found.record["left"] == ["a"]
+    run = make_run(tmp_path / "cpu.json", deadline=0.0)
+    run.take(make_steps(run, section("a", "ours")))
+    assert run.record.left == ["a"]
     assert world.prepared == []
-    assert "1 sections not reached in its time" in tables.caption(found.record)
+    assert "1 sections not reached in its time" in tables.caption(run.record.to_json())
 
 
 def test_case_that_took_the_process_down_is_not_tried_again(world, tmp_path):
     path = tmp_path / "cpu.json"
     every = section("a", "ours", "fatal", "steady")
-    found = run(path)
+    run = make_run(path)
     with pytest.raises(suite.LostError, match="ILLEGAL_ADDRESS"):
-        found.each(step(found, every), then=lambda: None)
-    again = run(path)
+        run.take(make_steps(run, every))
+    again = make_run(path)
     world.prepared.clear()
-    again.each(step(again, every), then=lambda: None)
+    again.take(make_steps(again, every))
     assert world.prepared == ["ours", "steady"]
-    rows = {row["peer"]: row for row in again.record["samples"]}
+    rows = {row["peer"]: row for row in again.record.samples}
     assert rows["fatal"]["why_not"] == "failed: it ended the process"
     assert rows["ours"]["seconds"] == [1.0] * 5
 
 
+def test_committed_record_is_read_and_written_as_it_is():
+    text = (Path(suite.__file__).parent / "results" / "cpu.json").read_text()
+    values = records.Record.from_json(json.loads(text)).to_json()
+    assert json.dumps(values, indent=1) + "\n" == text
+
+
+def test_record_of_another_benchmark_is_refused_and_not_resumed(world, tmp_path):
+    path = tmp_path / "cpu.json"
+    records.write({"format": tables.FORMAT, "name": "cpu", "rows": []}, path)
+    with pytest.raises(ValueError, match=r"must hold every field: .* 'git'"):
+        records.read(path)
+    assert make_run(path).record.sections == []
+
+
 def test_result_that_is_not_finite_is_wrong(world):
     world.wrong["steady"] = float("nan")
-    found = run()
-    found.timed(section("a", "steady"))
-    (row,) = found.record["samples"]
+    run = make_run()
+    run.time_section(section("a", "steady"))
+    (row,) = run.record.samples
     assert row["error"] is None
     assert tables.wrong(row)
 
@@ -231,11 +244,11 @@ def test_result_that_is_not_finite_is_wrong(world):
 def test_dropout_is_timed_and_not_compared(world):
     workload = WORKLOADS["bert-dropout-512"].quick()
     world.wrong["ours"] = 0.0
-    found = run()
+    run = make_run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workloads, "reference", lambda w, backward: {"out": np.zeros((1, 1, 4, 4))})
-        found.timed(Section("a", (Case("ours", workload),)))
-    (row,) = found.record["samples"]
+        run.time_section(Section("a", (Case("ours", workload),)))
+    (row,) = run.record.samples
     assert (row["error"], row["unchecked"]) == (None, "dropout is random")
     assert not tables.wrong(row)
-    assert "– dropout is random" in tables.samples_table({**found.record, "rates": None})
+    assert "– dropout is random" in tables.samples_table(run.record.to_json())

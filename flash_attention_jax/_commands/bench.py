@@ -66,7 +66,7 @@ def bench_main(argv: list[str]) -> int:
     suite, *rest = argv
     if suite not in SUITES:
         return _refuse(f"no suite {suite!r}; there are {', '.join(SUITES)}, and --compare A B")
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
     if not (folder / f"{suite}.py").is_file():
         return _refuse(
             f"{suite} is a program of the repository, which is not installed with the package, and "
