@@ -54,20 +54,24 @@ def front(record: dict[str, Any], folder: str) -> str:
     cells = "".join(f"<td>\n{picture}\n</td>" for picture in shown)
     claims = {claim["what"]: claim for claim in record["claims"]}
     peers = {
-        name: claims[f"forward+backward, 4096: {name} / ours"] for name in ("jax.nn", "torch SDPA")
+        name: claims.get(f"forward+backward, 4096: {name} / ours", {})
+        for name in ("jax.nn", "torch SDPA")
     }
     temporary = {
         build["peer"]: build["temp_bytes"] / 2**20
         for build in record["builds"]
         if (build["section"], build["workload"]) == ("memory", "full-4k")
         and (build["pass"], build["length"]) == ("forward+backward", 16384)
+        and build.get("why_not") is None
     }
     rows = [
         (f"time of {name} / ours, length 4096", f"{tables.figure(claim['value'], claim['unit'])}")
         for name, claim in peers.items()
+        if "value" in claim
     ]
-    memory = f"{temporary['blocked']:.0f} MiB, of jax.nn {temporary['jax.nn']:.0f} MiB"
-    rows.append(("temporary memory of ours, length 16384", memory))
+    if {"blocked", "jax.nn"} <= set(temporary):
+        memory = f"{temporary['blocked']:.0f} MiB, of jax.nn {temporary['jax.nn']:.0f} MiB"
+        rows.append(("temporary memory of ours, length 16384", memory))
     machine = f"{record['machine']['cpu']}, {record['machine']['cores']} cores"
     header = ("forward and backward, float32, 8 heads of 64", machine)
     table = tables.markdown(header, rows)
