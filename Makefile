@@ -55,7 +55,7 @@ bench: $(VENV)/.bench $(VENV)/.torch $(VENV)/.peers ## measure speed and memory 
 bench-micro: $(VENV)/.bench $(VENV)/.torch ## a small set in under two minutes, which only prints
 	$(RUN) benchmarks/micro.py $(ARGS)
 
-plots: $(VENV)/.bench ## draw every table and picture of README.md from benchmarks/results
+plots: $(VENV)/.bench ## draw every table and picture of the pages from benchmarks/results
 	$(RUN) benchmarks/redraw.py $(ARGS)
 
 compile-gpu: compile-hopper compile-triton ## compile every kernel for GPUs that are not there

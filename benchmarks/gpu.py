@@ -96,7 +96,7 @@ def _sweep(length: str) -> Iterator[Section]:
                 yield Section(section, (*dot, *cosine), seconds=4.0)
 
 
-# --- what README.md shows --------------------------------------------------------------------
+# --- what RESULTS.md shows -------------------------------------------------------------------
 
 COLUMNS = (
     ("hopper", "dot"),
@@ -144,12 +144,11 @@ def page(record: dict[str, Any]) -> str:
 
 
 def empty_page() -> str:
-    """The table with empty cells, and why they are."""
-    words = (
-        "TFLOP/s, bfloat16, 16384 tokens, heads x dim = 2048. The cells are empty because no GPU "
-        "was at hand yet; `make bench-gpu` fills them."
+    """What is said in place of the table as long as there are no results."""
+    return (
+        "No speed has been measured on a GPU yet. `make bench-gpu` measures it, against cuDNN, "
+        "tokamax and torch."
     )
-    return f"{words}\n\n{anchors_table(None)}"
 
 
 # --- the command -----------------------------------------------------------------------------

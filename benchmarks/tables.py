@@ -1,4 +1,4 @@
-"""The tables of a benchmark as Markdown; redraw.py puts them into README.md."""
+"""The tables of a benchmark as Markdown; redraw.py puts them into RESULTS.md."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def ours_beside(record: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any
 
 
 def worst_table(record: dict[str, Any], count: int = 3) -> str:
-    """Where another library is furthest ahead, or least behind."""
+    """The cases in which another library is furthest ahead, or least behind."""
     sound = [each for each in ratios(record) if not wrong(each[0])]
     rows = sorted(sound, key=lambda each: each[1].median)[:count]
     return markdown(
@@ -155,7 +155,7 @@ def page(record: dict[str, Any], *, folded: bool = True) -> str:
     if record["claims"]:
         parts.append(claims_table(record))
     if ratios(record):
-        parts += ["Where another library is furthest ahead of ours, or least behind:"]
+        parts += ["The cases in which another library is furthest ahead of ours, or least behind:"]
         parts += [worst_table(record)]
     for name, title, draw in (
         ("samples", "Time, temporary memory and error against float64 of each peer", samples_table),

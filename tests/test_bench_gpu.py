@@ -121,7 +121,8 @@ def test_cells_show_what_was_wrong_and_what_had_no_memory():
     assert gpu._cell(row | {"error": 0.5}) == "2 **wrong**"
     assert gpu._cell(row | {"why_not": "oom"}) == "oom"
     assert gpu._cell(row | {"why_not": "it is not installed"}) == "–"
-    assert "no GPU was at hand" in gpu.empty_page()
+    assert "No speed has been measured" in gpu.empty_page()
+    assert "|" not in gpu.empty_page()
 
 
 SCRIPT = """

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -540,15 +541,52 @@ def test_record_with_too_little_has_no_pictures(record):
     assert plots.pictures(record) == []
 
 
-def test_readme_is_what_the_results_give():
-    text = (ROOT / "README.md").read_text()
-    page, pictures = redraw.drawn(text)
+@pytest.mark.parametrize("name", redraw.PAGES)
+def test_page_is_what_the_results_give(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    page, pictures = redraw.drawn(name, text)
     assert page == text, "Run `make plots`."
+    markers = set(re.findall(r"<!-- benchmark:(\w+) -->", text))
+    assert markers == set(redraw.PAGES[name])
     for picture in pictures:
         for theme in plots.THEMES:
             path = ROOT / redraw.PICTURES / f"{picture.name}-{theme}.svg"
             assert path.exists(), "Run `make plots`."
-            assert f"{redraw.PICTURES}/{picture.name}-{theme}.svg" in page
+
+
+def test_front_leaves_out_what_was_not_measured():
+    record = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    whole = redraw.front(record, "folder")
+    assert whole.count("<picture>") == 2
+    assert len(re.findall(r"^\| t", whole, re.MULTILINE)) == 3
+    record |= {"claims": [], "builds": [], "samples": []}
+    assert re.findall(r"^\| t", redraw.front(record, "folder"), re.MULTILINE) == []
+
+
+def test_redraw_names_the_page_that_is_old_and_writes_it(tmp_path, capsys):
+    for name in redraw.PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    page = tmp_path / "README.md"
+    current = page.read_text(encoding="utf-8")
+    page.write_text(current.replace("| time of jax.nn", "| TIME of jax.nn"), encoding="utf-8")
+    where = ["--root", str(tmp_path)]
+    assert redraw.main([*where, "--check"]) == 1
+    said = capsys.readouterr().out
+    assert said == "redraw.py: README.md is not what the results give. Run `make plots`.\n"
+    assert redraw.main(where) == 0
+    assert page.read_text(encoding="utf-8") == current
+    assert redraw.main([*where, "--check"]) == 0
+    page.unlink()
+    assert redraw.main(where) == 2
+
+
+@pytest.mark.parametrize("name", redraw.PAGES)
+def test_pictures_of_a_page_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert links
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
 
 
 # --- the commands ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +186,27 @@ def test_tree_of_the_readme_is_that_of_the_folders():
     assert wings == [name for name in floors if name]
     modules = rest[rest.index("itself: ") :].partition(".")[0]
     assert set(re.findall(r"\w+", modules)) - {"itself", "and"} == set(PUBLIC_MODULES)
+
+
+def test_source_distribution_holds_the_package_and_no_tests(tmp_path):
+    pytest.importorskip("setuptools.build_meta", reason="needs setuptools")
+    for name in ("MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.bib"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in (PACKAGE, "kernels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
+    done = run(
+        "from setuptools import build_meta; build_meta.build_sdist('.')",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert not any(name.split("/")[0] == "tests" for name in files)
+    assert {"README.md", "CHANGELOG.md", "CITATION.bib", "kernels/join.py"} <= files
+    assert {f"{PACKAGE}/__init__.py", f"{PACKAGE}/_core/call.py"} <= files
 
 
 def test_every_module_has_a_floor():

@@ -251,23 +251,24 @@ def test_default_scales():
     same(jnp.swapaxes(out, 1, 2), unit(scale=10.0))
 
 
-# --- the README ---
+# --- the README and the pages that it points to ---
 
-README = ROOT / "README.md"
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ("README.md", "LONG_SEQUENCES.md", *DOCS)
 OPTIONAL = ("flax", "optax", "tqdm", "torch", "matplotlib")
-SNIPPETS = (
-    re.findall(
-        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    if README.exists()
-    else []
-)
+
+
+def snippets(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 RUN_ALL = """
 import json, sys, traceback
 namespace, found = {}, []
 for snippet in json.load(sys.stdin):
     try:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+        exec(compile(snippet, "page", "exec"), namespace)
         found.append("")
     except ModuleNotFoundError as error:
         found.append(f"needs {error.name}")
@@ -279,17 +280,19 @@ print("\\n" + json.dumps(found))
 """
 
 
-def test_readme_has_snippets():
-    assert README.exists(), "README.md is missing"
-    assert len(SNIPPETS) >= 5
+def test_pages_have_snippets():
+    assert snippets("README.md")
+    assert sum(len(snippets(page)) for page in PAGES) >= 15
 
 
-def test_readme_snippets_run():
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
+def test_snippets_of_a_page_run(page):
     # In order and in one namespace, as a reader types them, with JAX's own settings.
+    shown = snippets(page)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUN_ALL],
         cwd=ROOT,
-        input=json.dumps(SNIPPETS),
+        input=json.dumps(shown),
         capture_output=True,
         text=True,
         timeout=300,
@@ -297,8 +300,37 @@ def test_readme_snippets_run():
     )
     assert done.returncode == 0, done.stderr
     raised = json.loads(done.stdout.splitlines()[-1])
-    assert len(raised) == len(SNIPPETS)
+    assert len(raised) == len(shown)
     # A snippet about an optional package may lack it; the others may not.
     absent = {f"needs {name}" for name in OPTIONAL if importlib.util.find_spec(name) is None}
-    faults = [error + snippet for error, snippet in zip(raised, SNIPPETS, strict=True) if error]
+    faults = [error + snippet for error, snippet in zip(raised, shown, strict=True) if error]
     assert [fault for fault in faults if not fault.startswith(tuple(absent))] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    folders = (ROOT, *(ROOT / name for name in ("docs", "tests", "benchmarks")))
+    pages = [path for folder in folders for path in sorted(folder.glob("*.md"))]
+    broken = [
+        f"{path.relative_to(ROOT)}: {link}"
+        for path in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+        if not (path.parent / link).exists()
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_page_of_a_folder_has_a_line_for_each_file(folder):
+    page = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    lines = [
+        f"| `{path.name}` | {summary.splitlines()[0].removesuffix('.')} |"
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if (summary := ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+    assert re.findall(r"^\| `\w+\.py` .*$", page, re.MULTILINE) == lines
+
+
+def test_readme_lists_every_public_name():
+    index = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Every public name")[2]
+    index = index.partition("\n## ")[0]
+    assert {name for name in f.__all__ if f"`{name}`" not in index} == set()

@@ -31,7 +31,7 @@ SUITES = {
     "long": "one long sequence",
     "crossing": "what a call from PyTorch costs",
     "training": "training, dense against blocked and cosine against dot",
-    "redraw": "draw the tables and plots of README.md from the committed results",
+    "redraw": "draw the tables and plots of the pages from the committed results",
 }
 _USAGE = "\n".join(
     [
