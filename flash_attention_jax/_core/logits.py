@@ -113,25 +113,20 @@ def scaled(call: Call, x: jax.Array) -> jax.Array:
     return x if call.scale is None or call.scale == 1 else x * np.asarray(call.scale, x.dtype)
 
 
-def below(x: jax.Array, top: jax.Array) -> jax.Array:
-    """`x - top` for logits that are at most top: never over 0, whatever was rounded.
-
-    A compiler may join the product that made x to the subtraction, and a block of the backward may
-    add up its products in another order than the forward did; of logits of 1e9 both differ by 64.
-    The derivative is that of the difference.
-    """
-    return _at_most_zero(x - top)
-
-
 @jax.custom_jvp
-def _at_most_zero(x: jax.Array) -> jax.Array:
-    """The smaller of x and 0, where it is known that x is not over 0 but for rounding."""
+def at_most_zero(x: jax.Array) -> jax.Array:
+    """The smaller of x and 0, where x is not over 0 but for rounding: its derivative is that of x.
+
+    A compiler may join the product that made a logit to a subtraction, and a block of the backward
+    may add up its products in another order than the forward did; of logits of 1e9 both differ
+    by 64.
+    """
     return jnp.minimum(x, jnp.zeros((), x.dtype))
 
 
-@_at_most_zero.defjvp
+@at_most_zero.defjvp
 def _at_most_zero_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _at_most_zero(*primals), tangents[0]
+    return at_most_zero(*primals), tangents[0]
 
 
 def finish(

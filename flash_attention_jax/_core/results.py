@@ -81,6 +81,11 @@ def delta_of(results: Results, dout: jax.Array, dlse: jax.Array) -> jax.Array:
     return jnp.where(results.lse == -jnp.inf, jnp.zeros((), dtype), delta)
 
 
+def of_seen_rows(results: Results, dout: jax.Array) -> jax.Array:
+    """Dout, with zeros for the rows that see no key."""
+    return jnp.where((results.lse != -jnp.inf)[..., None], dout, jnp.zeros((), dout.dtype))
+
+
 def without_low(results: Results, dout: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
     """Multiply dout and delta by exp(-low), so that probabilities made from lse alone will do.
 
@@ -89,9 +94,8 @@ def without_low(results: Results, dout: jax.Array, delta: jax.Array) -> tuple[An
     if 0 in dout.shape:
         return dout, delta
     factor = jnp.exp(-results.low)
-    seen = (results.lse != -jnp.inf)[..., None]
-    products = (dout * factor[..., None]).astype(dout.dtype)
-    return jnp.where(seen, products, jnp.zeros((), dout.dtype)), delta * factor
+    scaled = (dout * factor[..., None]).astype(dout.dtype)
+    return of_seen_rows(results, scaled), delta * factor
 
 
 def sink_shares(sinks: jax.Array, lse: jax.Array, low: jax.Array, delta: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ transposed (d before i), with the small key block as the left operand.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -28,12 +29,20 @@ import numpy as np
 from jax import lax
 
 from flash_attention_jax._core import dropout, masks
-from flash_attention_jax._core.call import ROLES, Arrays, Call, Size, roles
-from flash_attention_jax._core.logits import LOGIT_TERMS, below, logits, product, scaled, term_axes
+from flash_attention_jax._core.call import ROLES, Arrays, Call, Size, known, roles
+from flash_attention_jax._core.logits import (
+    LOGIT_TERMS,
+    at_most_zero,
+    logits,
+    product,
+    scaled,
+    term_axes,
+)
 from flash_attention_jax._core.results import (
     Results,
     delta_of,
     finite_or_zero,
+    of_seen_rows,
     sink_shares,
     without_low,
 )
@@ -42,6 +51,9 @@ from flash_attention_jax._core.tiles import LANES, Tile
 from flash_attention_jax._core.varying import axes_of, full, vary
 from flash_attention_jax._engines.blocked_plan import backward_plan, walk
 from flash_attention_jax._engines.online import compute_dtype, folded, folds_scale
+
+_SMALL = 2**22
+"""Entries of dout up to which a multiplied copy costs less than one more operation per logit."""
 
 COLUMNS = "bhjri"
 """Axes of a block of logits."""
@@ -60,13 +72,19 @@ def gradients(
     dout, dlse = cotangents
     delta = delta_of(results, dout, dlse)
     inputs = {name: x for name, x in floats.items() if name != "sinks"}
-    of_lse = without_low(results, dout, delta)
-    inputs |= {"dout": of_lse[0], "lse": results.lse, "delta": of_lse[1]}
+    inputs |= {"dout": dout, "lse": results.lse, "delta": delta}
+    low = known(math.prod(dout.shape), _SMALL) > _SMALL
+    if low:
+        inputs["low"] = results.low
+        if call.has("bias"):  # one of -inf hides a row, and no mask says so
+            inputs["dout"] = of_seen_rows(results, dout)
+    else:
+        inputs["dout"], inputs["delta"] = without_low(results, dout, delta)
     found: Blocks = {}
     for group in (("q", "k", "v", "scale"), ("bias", "alibi_slopes", "relative_bias")):
         names = tuple(name for name in group if name in floats)
         if names:
-            sums = _pair_sum(_Gradients(call, names), inputs, others)
+            sums = _pair_sum(_Gradients(call, names, low), inputs, others)
             for name in names:
                 found[name] = _from_sum(call, name, sums[name])
     if "sinks" in floats:
@@ -111,10 +129,17 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class _Gradients:
-    """The backward pass of one block: the share of each wanted gradient. A hashable function."""
+    """The backward pass of one block: the share of each wanted gradient. A hashable function.
+
+    Attributes:
+        call: The call.
+        wanted: Names of the arrays whose gradients it gives.
+        low: Whether lse comes with `low`; else dout and delta hold its factor already.
+    """
 
     call: Call
     wanted: tuple[str, ...]
+    low: bool
 
     def inputs(self) -> dict[str, Slot]:
         """Slots of the differentiable inputs."""
@@ -126,6 +151,8 @@ class _Gradients:
             "lse": "bhri",
             "delta": "bhri",
         }
+        if self.low:
+            axes["low"] = "bhri"
         names = [*axes, *(name for name in LOGIT_TERMS if self.call.has(name))]
         return {name: self._slot(name, _roles(self.call, name), axes.get(name)) for name in names}
 
@@ -171,7 +198,12 @@ class _Gradients:
 
         x, pull = jax.vjp(to_logits, similarity, moving)
         lse = finite_or_zero(lse)
-        p = jnp.exp(below(x, lse) if needs_running_maximum(call, dtype) else x - lse)
+        shifted = x - lse
+        if self.low:
+            shifted = shifted - blocks["low"][:, :, None]
+        if needs_running_maximum(call, dtype):
+            shifted = at_most_zero(shifted)
+        p = jnp.exp(shifted)
         dp = _pairs(call, dout, v)
         kept = p
         if call.dropout_rate:

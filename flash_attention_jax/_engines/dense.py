@@ -9,7 +9,7 @@ from jax import lax
 from flash_attention_jax._core import dropout, masks
 from flash_attention_jax._core.call import ROLES, Arrays, Call
 from flash_attention_jax._core.logits import (
-    below,
+    at_most_zero,
     cut_terms,
     finish,
     logits,
@@ -58,7 +58,7 @@ def attend(call: Call, arrays: Arrays) -> Results:
     x = logits(call, x, terms, at, visible, AXES)
     m = lax.stop_gradient(x.max(axis=-1, initial=-jnp.inf))
     m = jnp.where(m == -jnp.inf, jnp.zeros((), m.dtype), m)
-    p = jnp.exp(below(x, m[..., None]))
+    p = jnp.exp(at_most_zero(x - m[..., None]))
     l = p.sum(axis=-1)
     if call.dropout_rate:
         words = dropout.row_words(

@@ -20,7 +20,14 @@ from jax import lax
 from flash_attention_jax._core import dropout, masks
 from flash_attention_jax._core.call import ROLES, Arrays, Call
 from flash_attention_jax._core.exponential import exponential
-from flash_attention_jax._core.logits import below, cut_terms, finish, logits, product, scaled
+from flash_attention_jax._core.logits import (
+    at_most_zero,
+    cut_terms,
+    finish,
+    logits,
+    product,
+    scaled,
+)
 from flash_attention_jax._core.results import Results, finite_or_zero
 from flash_attention_jax._core.similarity import needs_running_maximum
 from flash_attention_jax._core.tiles import Tile
@@ -107,7 +114,7 @@ def step(
         safe = finite_or_zero(top)
         shrink = jnp.exp(m - safe)
         # Only a scale that multiplies here can be joined to the subtraction.
-        shifted = x - safe[..., None] if folds else below(x, safe[..., None])
+        shifted = x - safe[..., None] if folds else at_most_zero(x - safe[..., None])
         p = exponential(shifted, call.platform)
         m, l, acc = top, l * shrink, acc * shrink[..., None]
     l = l + p.sum(axis=-1)
