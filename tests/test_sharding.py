@@ -31,7 +31,8 @@ def test_eight_devices_agree_with_one():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "eight_devices.py"],
         cwd=TESTS,
-        env=os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
         timeout=900,
