@@ -439,7 +439,9 @@ def test_command_on_a_full_disk_is_one_line_and_resumes(text_file, tmp_path, mon
     np.testing.assert_array_equal(curve(tmp_path / "run"), curve(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("where", ["drawing.os.fsync", "drawing.draw", "train.replacing"])
+@pytest.mark.parametrize(
+    "where", ["_training.curves.os.fsync", "_training.curves.draw", "train.replacing"]
+)
 def test_log_picture_and_summary_on_a_full_disk_are_one_line(
     where, text_file, tmp_path, monkeypatch, capsys
 ):
@@ -455,8 +457,8 @@ def test_log_picture_and_summary_on_a_full_disk_are_one_line(
 HOLD = """
 import sys, time
 from pathlib import Path
-from flash_attention_jax import _saving
-with _saving.writing(Path(sys.argv[1])):
+from flash_attention_jax._training import saving
+with saving.writing(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
 """
