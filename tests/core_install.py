@@ -34,9 +34,11 @@ def main() -> int:
         except ImportError as error:
             wrong.append(f"{name} does not import: {type(error).__name__}: {error}")
     wings = ("_api", "_commands", "_conformance", "_core", "_engines", "_flax", "_parallel")
-    for wing in (*wings, "_torch", "_training", "kernels"):
-        if importlib.util.find_spec(f"flash_attention_jax.{wing}") is None:
-            wrong.append(f"the folder {wing} was not installed: list it in setup.cfg's packages")
+    wrong += [
+        f"the folder {wing} was not installed: list it in setup.cfg's packages"
+        for wing in (*wings, "_torch", "_training", "kernels")
+        if importlib.util.find_spec(f"flash_attention_jax.{wing}") is None
+    ]
     print(
         *wrong or [f"jax {jax.__version__} and the core requirements have every kernel"], sep="\n"
     )
