@@ -2,7 +2,8 @@
 
 The tables hold what compiles for a causal call without a spill (float32 of 256 dimensions aside)
 and fits into the shared memory of each architecture (`flash-attention-jax compile triton` says so);
-nothing in them has been timed yet. What `tune` measured on the GPU at hand and stored comes before them.
+nothing in them has been timed yet. What `tune` measured on the GPU at hand and stored comes before
+them.
 """
 
 from __future__ import annotations
