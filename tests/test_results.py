@@ -17,6 +17,7 @@ from flash_attention_jax import (
 )
 from flash_attention_jax._conformance.claims import equations
 from flash_attention_jax._core.results import lse_of
+from flash_attention_jax._engines import blocked_backward
 from flash_attention_jax._flax.attention_fn import attention_fn
 
 ENGINES = ("blocked", "checkpointed", "dense")
@@ -214,3 +215,39 @@ def test_policy_that_keeps_the_results_by_name_runs_no_forward_again(jitted):
     named = products(policies.save_only_these_names("flash_attention_out", "flash_attention_lse"))
     assert named == everything
     assert named < products(policies.nothing_saveable)
+
+
+# --- long calls ---
+
+
+@pytest.mark.parametrize("small", [2**22, 0], ids=["a copy of dout", "low in each logit"])
+def test_long_calls_and_short_ones_give_the_gradients_of_dense(small, rng, monkeypatch):
+    monkeypatch.setattr(blocked_backward, "_SMALL", small)
+    jax.clear_caches()  # so that what is traced reads it, here and not in the next test
+    q, k, v, weights = (
+        jnp.asarray(rng.standard_normal((2, 2, 9, 4), np.float32)) for _ in range(4)
+    )
+    weights = weights.at[..., 8, 0].set(jnp.nan)  # of the row that the bias hides
+    offsets = jnp.asarray([0, -1e9, 1e9, -1e4, 1e6, 0, -1e10, 3, -jnp.inf], jnp.float32)
+    rows = (jnp.abs(offsets) < 1e3).astype(jnp.float32)[:, None]  # the others round their logits
+    bias = jnp.broadcast_to(offsets[:, None], (1, 1, 9, 9))
+
+    def gradients(implementation, bias, order=1):
+        def loss(q, k, v):
+            out = flash_attention(q, k, v, bias=bias, implementation=implementation)
+            return (jnp.sin(out) * weights).sum()
+
+        first = jax.grad(loss, (0, 1, 2))
+        if order == 1:
+            return first(q * rows, k, v)
+        return jax.grad(lambda *arrays: sum((x**2).sum() for x in first(*arrays)), (0, 1, 2))(
+            q * rows, k, v
+        )
+
+    try:
+        for order in (1, 2):
+            got, want = gradients("blocked", bias, order), gradients("dense", bias, order)
+            for x, y in zip(got, want, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
+    finally:
+        jax.clear_caches()
