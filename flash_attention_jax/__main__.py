@@ -11,8 +11,7 @@ import jax
 import flash_attention_jax
 from flash_attention_jax._commands.check import check_main
 from flash_attention_jax._commands.explain import explain_main
-
-PROG = "flash_attention_jax"
+from flash_attention_jax._commands.line import PROG
 
 
 def _demo(argv: list[str]) -> int:

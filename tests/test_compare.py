@@ -376,6 +376,14 @@ def test_command_line_of_the_module():
     assert done.stdout.startswith(f"flash_attention_jax {f.__version__}, jax {jax.__version__}, ")
 
 
+def test_compile_asks_for_a_backend(capsys):
+    usage = "usage: flash_attention_jax compile hopper|triton [OPTIONS]; "
+    assert __main__.main(["compile"]) == 0
+    assert capsys.readouterr().out.startswith(usage)
+    assert __main__.main(["compile", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith(usage)
+
+
 def test_unknown_command_is_one_line_and_code_2(capsys):
     assert __main__.main(["chek"]) == 2
     assert capsys.readouterr().err == (

@@ -20,7 +20,15 @@ import numpy as np
 from flash_attention_jax._api.attention import flash_attention
 from flash_attention_jax._api.cosine import cosine_sim_flash_attention
 from flash_attention_jax._api.explain import explain
-from flash_attention_jax._commands.line import DTYPES, Bar, Parser, UsageError, lengths, positive
+from flash_attention_jax._commands.line import (
+    DTYPES,
+    PROG,
+    Bar,
+    Parser,
+    UsageError,
+    lengths,
+    positive,
+)
 from flash_attention_jax._engines import dispatch
 from flash_attention_jax.compare import value_and_grads
 
@@ -250,7 +258,7 @@ def _wrong(rows: list[_Row], dtype: str) -> list[str]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="flash_attention_jax check",
+        prog=f"{PROG} check",
         description="Compare every engine on this machine with dense attention in float64: the "
         "largest error of the output and of the gradients under a random cotangent, the median "
         "time, and the temporary memory of forward + backward.",

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flash_attention_jax._api.explain import explain
-from flash_attention_jax._commands.line import DTYPES, Parser, UsageError, lengths
-
-PROG = "flash_attention_jax"
+from flash_attention_jax._commands.line import DTYPES, PROG, Parser, UsageError, lengths
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -7,6 +7,9 @@ import contextlib
 import sys
 from typing import NoReturn
 
+PROG = "flash_attention_jax"
+"""What a command calls itself in its messages."""
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes that a command takes."""
 
